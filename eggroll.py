@@ -1,0 +1,568 @@
+"""EGGROLL in one file: evolution strategies with low-rank noise, in JAX.
+
+Evolution strategies (ES) train without backpropagation: perturb the parameters with noise, score
+every perturbed copy, step towards the perturbations that scored well. EGGROLL [1] makes the noise
+of a weight matrix the product of two thin matrices: evaluating a population of thousands then
+costs about as much as batched inference, while the averaged update still has full rank.
+
+    noise      E = A Bᵀ/√r                    A (m, r), B (n, r): iid, symmetric, unit variance
+    forward    x (W + σE) = xW + σ (xA) Bᵀ/√r       no perturbed matrix is ever formed
+    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ    g estimates the gradient of E[f(W + σE)]
+
+Any function of a pytree of arrays can be trained, here a linear model:
+
+    import jax, jax.numpy as jnp
+    from eggroll import Eggroll, signs
+
+    def fitness(params, example):               # one member, one example; higher is better
+        x, y = example
+        return -jnp.sum((x @ params["W"] + params["b"] - y) ** 2)
+
+    key = jax.random.key(0)
+    params = {"W": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
+    x = jax.random.normal(key, (512, 8))        # an example a pair: N = 1024 members
+    step = jax.jit(Eggroll(sigma=0.1, draw=signs).step, static_argnames="fitness")
+    for t in range(300):
+        new_key = jax.random.fold_in(key, t)    # new noise for every step
+        params, scores = step(fitness, params, new_key, data=(x, x[:, :4]), lr=0.05)
+    print(scores.mean())                        # -4 at first, now less than 1 from 0
+
+`python eggroll.py` trains a recurrent network on real text.
+
+Letters: N members make the population, N/2 antithetic pairs θ ± σE, θ being all the parameters. A
+weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r.
+
+Differences from the paper and from the authors' code, and why:
+  - g keeps the 1/σ that Eq. 8 of the paper leaves to the learning rate α, so that it can be held
+    against jax.grad; it has the sign of Eq. 8, Eqs. 4 and 5 have a slip.
+  - The two members of a pair share their example and one draw of the noise: their difference
+    tells of the noise and not of the example, and noise costs half.
+  - A perturbed matrix is an object that multiplies, `LowRank`, so any model runs as it is.
+  - The entries of the noise may be random signs, 32 from one random word, of less variance.
+  - Embeddings and stacks of matrices have low-rank noise too; vectors have dense noise, as there.
+
+References:
+  [1] Sarkar et al., Evolution Strategies at the Hyperscale, 2025, arXiv:2511.16652.
+  [2] Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement Learning,
+      2017, arXiv:1703.03864.
+  [3] Zhou et al., Minimal Gated Unit for Recurrent Neural Networks, 2016, arXiv:1603.09420.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import pydoc_data.topics
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# -------------------------------------------------------------------------------------------------
+# Noise: iid entries, symmetric about zero and of unit variance (Sec. 4.1 of the paper)
+# -------------------------------------------------------------------------------------------------
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Standard normal entries, the paper's choice (kurtosis 3)."""
+    # Drawn in float32: of the 128 values that jax.random.normal has in bfloat16 the mean is -0.01.
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Entries uniform on (-√3, √3) (kurtosis 9/5)."""
+    return jax.random.uniform(key, shape, jnp.float32, -math.sqrt(3), math.sqrt(3)).astype(dtype)
+
+
+def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """Entries -1 and 1 (kurtosis 1), one random bit each: by far the fastest to draw."""
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)  # (⌈size/32⌉, 1)
+    bits = words & (1 << jnp.arange(32, dtype=jnp.uint32)[None])  # (⌈size/32⌉, 32), one bit in each
+    return jnp.where(bits.ravel()[:size].reshape(shape) > 0, 1, -1).astype(dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# Forward: x (W + σE) without forming W + σE (Sec. 4.3)
+# -------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Stands for the matrix M = W + A Bᵀ, multiplies like it, and never forms it.
+
+    W is (m, n), A is (m, r), B is (n, r). A model that has M in place of a weight matrix may write
+
+        x @ M     x (..., m)                (..., n)           a dense layer
+        M @ x     x (n,) or (n, k)          (m,) or (m, k)
+        M[i]      i integers of any shape   (*i.shape, n)      rows, as of an embedding
+        M.T                                 LowRank, (n, m)
+
+    Leading axes common to W, A and B make a stack of matrices; jax.lax.scan, jax.vmap and M[i] take
+    it apart. Everything else raises TypeError; `dense(M)` is the array, if one is needed.
+    """
+
+    W: jax.Array
+    A: jax.Array
+    B: jax.Array
+
+    shape = property(lambda self: self.W.shape)
+    ndim = property(lambda self: self.W.ndim)
+    dtype = property(lambda self: self.W.dtype)
+
+    def __rmatmul__(self, x):
+        return x @ self.W + (x @ self.A) @ self.B.mT  # (..., n)
+
+    def __matmul__(self, x):
+        return self.W @ x + self.A @ (self.B.mT @ x)  # (m,) or (m, k)
+
+    def __getitem__(self, i):
+        if not jnp.issubdtype(getattr(i, "dtype", type(i)), jnp.integer):
+            self._refuse()
+        if self.ndim > 2:
+            return LowRank(self.W[i], self.A[i], self.B[i])
+        return self.W[i] + self.A[i] @ self.B.mT  # (*i.shape, n)
+
+    @property
+    def T(self):
+        return LowRank(self.W.T, self.B, self.A) if self.ndim == 2 else self._refuse()
+
+    def _refuse(self, *_, **__):
+        raise TypeError(
+            f"LowRank{self.shape} can do x @ M, M @ x, M[integers] and, if it is no stack, M.T; "
+            "write dense(M) for an array that can do the rest"
+        )
+
+    def __getattr__(self, name):
+        if hasattr(jax.Array, name):  # M.sum(), M.reshape(...)
+            self._refuse()
+        raise AttributeError(name)
+
+    __array_ufunc__ = None  # makes NumPy, too, leave x @ M to M
+    __array__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __abs__ = __pow__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+    __rtruediv__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+def dense(tree: Any) -> Any:
+    """`tree` with the array W + A Bᵀ in place of every LowRank."""
+
+    def is_low_rank(x):
+        return isinstance(x, LowRank)
+
+    return jax.tree.map(
+        lambda x: x.W + x.A @ x.B.mT if is_low_rank(x) else x, tree, is_leaf=is_low_rank
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Update: score the population, estimate the gradient, ascend (Sec. 4.2, Algorithm 1)
+# -------------------------------------------------------------------------------------------------
+
+
+def standardize(fitness: jax.Array) -> jax.Array:
+    """Fitness shifted and scaled to zero mean and unit variance over the population, in float32.
+
+    A member whose fitness is not finite counts as the worst of the others. Where nothing can be
+    told apart, because all are equal or none is finite, the result is zero.
+    """
+    f = jnp.asarray(fitness, jnp.float32)
+    tiny = jnp.finfo(f.dtype).tiny
+    finite = jnp.isfinite(f)
+    f = jnp.where(finite, f - jnp.min(f, where=finite, initial=jnp.inf), 0)  # worst 0, others above
+    f = f / jnp.maximum(jnp.max(f), tiny)  # best 1, so that no square overflows
+    f = f - jnp.mean(f)
+    return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["sigma"], meta_fields=["rank", "draw", "chunk"]
+)
+@dataclass(frozen=True)
+class Eggroll:
+    """Evolution strategies with low-rank noise and antithetic pairs.
+
+    sigma   noise scale σ > 0, in units of the parameters; may be traced, as by a schedule
+    rank    rank r ≥ 1 of the noise; None for full rank, which is ordinary ES [2], the baseline
+    draw    entries of the noise, (key, shape, dtype) -> array: normal, uniform, signs or your own
+    chunk   pairs to evaluate at a time, to bound memory; None for all at once
+
+    The methods have these arguments in common:
+
+    params   θ, a pytree of floating-point arrays. One with two axes is a matrix and has low-rank
+             noise, one with more is a stack of matrices; one with fewer has dense noise.
+    key      a new one for every population. The noise is a function of key, pair and leaf alone: so
+             `gradient` rebuilds what `evaluate` drew, in any chunks and on any number of machines,
+             from the key and the scores (Algorithm 1).
+    fitness  in `evaluate` and `step`: (params, example) -> scalar, higher is better, any function
+             that JAX can trace, differentiable or not. In `gradient`: its values, (pairs, 2).
+    data     a pytree of arrays whose first axis is `pairs`, N/2: both members of a pair see its entry.
+
+    ValueError tells of a σ, rank, chunk, data or fitness that is not so, TypeError of such a leaf.
+    """
+
+    sigma: float
+    rank: int | None = 1
+    draw: Callable = normal
+    chunk: int | None = None
+
+    def __post_init__(self):
+        with contextlib.suppress(TypeError):  # a traced sigma has no value to check
+            if not 0 < float(self.sigma) < math.inf:
+                raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        for name in "rank", "chunk":
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
+
+    def noise(self, key: jax.Array, params: Any) -> Any:
+        """E of one pair: for a matrix (m, n) its factors (A (m, r), B (n, r)), for others an array."""
+        leaves, treedef = jax.tree.flatten_with_path(params)
+        noise = []
+        for i, (path, p) in enumerate(leaves):
+            if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.floating)):
+                raise TypeError(
+                    f"params{jax.tree_util.keystr(path)} must be a floating-point array, got {p!r}; "
+                    "close over what is not to be trained"
+                )
+            leaf_key = jax.random.fold_in(key, i)
+            if self.rank is None or p.ndim < 2:
+                noise.append(self.draw(leaf_key, p.shape, p.dtype))
+                continue
+            *stack, m, n = p.shape
+            AB = self.draw(leaf_key, (*stack, m + n, self.rank), p.dtype)
+            A, B = AB[..., :m, :], AB[..., m:, :]  # (..., m, r), (..., n, r)
+            noise.append((A / math.sqrt(self.rank), B))  # A Bᵀ has entries of unit variance
+        return treedef.unflatten(noise)
+
+    def perturb(self, params: Any, noise: Any, sign: float = 1.0) -> Any:
+        """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
+
+        def leaf(p, e):
+            scale = jnp.asarray(sign * self.sigma, p.dtype)
+            return LowRank(p, scale * e[0], e[1]) if isinstance(e, tuple) else p + scale * e
+
+        return jax.tree.map(leaf, params, noise)
+
+    def evaluate(self, fitness: Callable, params: Any, key: jax.Array, data: Any) -> jax.Array:
+        """Fitness of every member, (pairs, 2): of θ + σE and of θ - σE."""
+        sizes = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(data)}
+        if len(sizes) != 1 or not (pairs := sizes.pop()):
+            shapes = jax.tree.map(jnp.shape, data)
+            raise ValueError(f"data must have one first axis, pairs ≥ 1, throughout, got {shapes}")
+
+        def member(sign, pair):
+            i, example = pair
+            noise = self.noise(jax.random.fold_in(key, i), params)
+            score = fitness(self.perturb(params, noise, sign), example)
+            if (shape := jax.tree.map(jnp.shape, score)) != ():
+                raise ValueError(f"fitness must return a scalar, got shape {shape}")
+            return score
+
+        def members(sign):  # one of every pair, (pairs,)
+            xs = jnp.arange(pairs), data
+            if self.chunk is None or self.chunk >= pairs:
+                return jax.vmap(partial(member, sign))(xs)
+            return jax.lax.map(partial(member, sign), xs, batch_size=self.chunk)
+
+        # vmap batches only what differs between members. W does not, so `x @ W` is one product for
+        # the whole population; the noise does not depend on the sign, so a pair shares one draw.
+        return jax.vmap(members, out_axes=1)(jnp.array([1.0, -1.0]))  # (pairs, 2)
+
+    def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
+        """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: estimates ∇J of J(θ) = E[f(θ + σE)].
+
+        `fitness` is that of `evaluate` with the same key, standardized or not. The sum over the
+        members of a chunk is one matrix product, (A ⊙ f) Bᵀ, in at least float32.
+        """
+        f = jnp.asarray(fitness)
+        if f.ndim != 2 or f.shape[1] != 2 or len(f) < 1:
+            raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
+        f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
+        weights = (f[:, 0] - f[:, 1]) / (f.size * self.sigma)  # (pairs,); the second member has -E
+
+        def add(total, chunk):
+            indices, weights = chunk
+            noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(indices)
+
+            def leaf(total, e):
+                if isinstance(e, tuple):
+                    A = e[0] * weights.reshape(-1, *[1] * total.ndim)  # (chunk, ..., m, r)
+                    return total + jnp.einsum("p...mr,p...nr->...mn", A, e[1])
+                return total + jnp.tensordot(weights, e, axes=1)
+
+            return jax.tree.map(leaf, total, noise), None
+
+        size = min(self.chunk or len(f), len(f))
+        padding = -len(f) % size  # pairs that do not exist, of weight 0, fill the last chunk
+        weights = jnp.pad(weights, (0, padding)).reshape(-1, size)  # (chunks, chunk)
+        indices = jnp.arange(weights.size).reshape(weights.shape)  # (chunks, chunk)
+        zero = jax.tree.map(
+            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, f.dtype)), params
+        )
+        # A single chunk makes no loop: then, in one jit with `evaluate`, XLA sees that both draw the
+        # same noise and draws it once. In chunks it is drawn twice, and memory is bounded.
+        total, _ = jax.lax.scan(add, zero, (indices, weights), unroll=size == len(f))
+        return jax.tree.map(lambda p, g: g.astype(p.dtype), params, total)
+
+    def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
+        """One generation, θ ← θ + lr·g with standardized fitness: (new params, fitness as evaluated).
+
+        To be called inside jax.jit. For another optimizer, call its three parts yourself.
+        """
+        scores = self.evaluate(fitness, params, key, data)
+        g = self.gradient(params, key, standardize(scores))
+        return jax.tree.map(lambda p, g: (p + lr * g).astype(p.dtype), params, g), scores
+
+
+# -------------------------------------------------------------------------------------------------
+# Models: plain functions of plain pytrees, written for arrays and for LowRank alike
+# -------------------------------------------------------------------------------------------------
+
+
+def mlp_init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+    """A layer {W (m, n), b (n,)} for every two consecutive sizes m, n."""
+    keys = jax.random.split(key, len(sizes) - 1)
+    return [
+        {"W": normal(k, (m, n)) / math.sqrt(m), "b": jnp.zeros(n)}
+        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
+    ]
+
+
+def mlp(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    """Multilayer perceptron, tanh between its layers: x (..., sizes[0]) to (..., sizes[-1])."""
+    *hidden, last = params
+    for layer in hidden:
+        x = jnp.tanh(x @ layer["W"] + layer["b"])  # (..., n)
+    return x @ last["W"] + last["b"]
+
+
+def rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
+    """Parameters for `rnn`: `vocab` different tokens and `hidden` units of memory."""
+    key_E, key_W, key_U = jax.random.split(key, 3)
+    return {
+        "E": 0.2 * normal(key_E, (vocab, hidden)),
+        "W": normal(key_W, (hidden, 2 * hidden))
+        / (0.2 * math.sqrt(hidden)),  # E W of unit variance
+        "U": normal(key_U, (hidden, 2 * hidden)) / math.sqrt(hidden),
+        "b": jnp.zeros(2 * hidden),
+        "c": jnp.zeros(vocab),
+    }
+
+
+def rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Read a token: (memory h (hidden,), token ()) to (new h, logits (vocab,) of the next token).
+
+    A minimal gated unit [3]: a GRU whose update and reset gate are one, f. With the embedding E at
+    both ends, [x₁ x₂] = E[token] W + b and [u₁ u₂] = h U,
+
+        f = sigmoid(x₁ + u₁)    h ← (1 - f) h + f tanh(x₂ + f u₂)    logits = h Eᵀ + c
+    """
+    x1, x2 = jnp.split(params["E"][token] @ params["W"] + params["b"], 2)  # (hidden,) each
+    u1, u2 = jnp.split(h @ params["U"], 2)  # (hidden,) each
+    f = jax.nn.sigmoid(x1 + u1)
+    h = (1 - f) * h + f * jnp.tanh(x2 + f * u2)
+    return h, h @ params["E"].T + params["c"]
+
+
+def bits_per_char(params: dict[str, Any], text: jax.Array) -> jax.Array:
+    """Mean -log₂ p(next token) over text (length + 1,), read from an empty memory."""
+
+    def read(h, tokens):
+        token, next_token = tokens
+        h, logits = rnn(params, h, token)
+        return h, jax.nn.logsumexp(logits) - logits[next_token]
+
+    h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
+    return jnp.mean(jax.lax.scan(read, h, (text[:-1], text[1:]))[1]) / math.log(2)
+
+
+def sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int) -> jax.Array:
+    """Let the model write `length` tokens after the given one: (length,)."""
+
+    def write(carry, key):
+        h, logits = rnn(params, *carry)
+        token = jax.random.categorical(key, logits).astype(jnp.int32)
+        return (h, token), token
+
+    h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
+    carry = h, jnp.asarray(token, jnp.int32)
+    return jax.lax.scan(write, carry, jax.random.split(key, length))[1]
+
+
+# -------------------------------------------------------------------------------------------------
+# Command line: train the RNN on text
+# -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def refusing(task: str) -> Iterator[None]:
+    """End the program with one line on stderr and exit status 2 if the task cannot be done."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        print(f"eggroll.py: cannot {task}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def ngram_bits(train: np.ndarray, test: np.ndarray, vocab: int) -> tuple[float, float]:
+    """Bits/char on test of the unigram and the bigram counts of train, 0.1 added to each count."""
+    unigram = np.bincount(train, minlength=vocab) + 0.1  # (vocab,)
+    bigram = np.full((vocab, vocab), 0.1)
+    np.add.at(bigram, (train[:-1], train[1:]), 1)
+    p_unigram = unigram[test[1:]] / unigram.sum()
+    p_bigram = bigram[test[:-1], test[1:]] / bigram.sum(axis=1)[test[:-1]]
+    return -np.mean(np.log2(p_unigram)), -np.mean(np.log2(p_bigram))
+
+
+def main() -> None:
+    """Train, with a line of progress every two seconds; then a sample and the held-out score."""
+    parser = argparse.ArgumentParser(
+        description="Train a character RNN with EGGROLL, without backpropagation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="UTF-8 text to learn; if None, Python's pydoc_data.topics")
+    add("--seconds", type=float, default=60.0, help="how long to train")
+    add("--steps", type=int, help="how many steps to train; if None, --seconds decides")
+    add("--population", type=int, default=8192, help="members, an even number")
+    add("--rank", default="1", help="rank of the noise, a number or full")
+    add("--noise", choices=["signs", "normal", "uniform"], default="signs", help="its entries")
+    add("--sigma", type=float, default=0.04, help="scale of the noise")
+    add("--lr", type=float, default=0.5, help="learning rate, to be divided by 1 + step/600")
+    add("--hidden", type=int, default=32, help="units of memory of the RNN")
+    add("--length", type=int, default=16, help="characters that a member predicts")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--save", metavar="FILE", help="checkpoint to write every two seconds and at the end")
+    add("--resume", metavar="FILE", help="checkpoint to continue, with the options that it holds")
+    args = parser.parse_args()
+    if args.resume:
+        with refusing(f"resume {args.resume}"), np.load(args.resume) as file:
+            saved = dict(file)
+            parser.set_defaults(**json.loads(str(saved["options"])))
+        args = parser.parse_args()
+    options = {
+        k: v for k, v in vars(args).items() if k not in ("seconds", "steps", "save", "resume")
+    }
+
+    with refusing("use these options"):
+        draw = {"signs": signs, "normal": normal, "uniform": uniform}[args.noise]
+        es = Eggroll(args.sigma, None if args.rank == "full" else int(args.rank), draw)
+        if args.population < 2 or args.population % 2:
+            raise ValueError(f"--population must be even and at least 2, got {args.population}")
+        if min(args.hidden, args.length) < 1:
+            raise ValueError(
+                f"--hidden and --length must be at least 1, got {args.hidden}, {args.length}"
+            )
+    with refusing(f"learn {args.text}"):
+        topics = "\n\n".join(pydoc_data.topics.topics.values())
+        text = pathlib.Path(args.text).read_text(encoding="utf-8") if args.text else topics
+        text = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        alphabet, text = np.unique(
+            text, return_inverse=True
+        )  # (vocab,) characters, text as indices
+        train, test = np.split(text.astype(np.int32), [len(text) * 9 // 10])
+        if len(test) <= args.length:
+            raise ValueError(f"its last tenth has {len(test)} characters, --length needs more")
+    unigram, bigram = ngram_bits(train, test, len(alphabet))
+    window = min(257, len(test))  # held-out text is read in windows, each from an empty memory
+    windows = test[: len(test) // window * window].reshape(-1, window)
+
+    key_init, key_train, key_sample = jax.random.split(jax.random.key(args.seed), 3)
+    params, step, seconds = rnn_init(key_init, len(alphabet), args.hidden), 0, 0.0
+    if args.resume:
+        with refusing(f"resume {args.resume}"):
+            if not np.array_equal(saved["alphabet"], alphabet):
+                raise ValueError("it knows other characters than the text")
+            for name, p in params.items():
+                if saved[name].shape != p.shape:
+                    raise ValueError(f"{name} must have shape {p.shape}, got {saved[name].shape}")
+            params = {name: jnp.asarray(saved[name]) for name in params}
+            step, seconds = int(saved["step"]), float(saved["seconds"])
+
+    def save():
+        if args.save:
+            state = dict(
+                params, step=step, seconds=seconds, alphabet=alphabet, options=json.dumps(options)
+            )
+            with refusing(f"save {args.save}"):
+                with open(f"{args.save}.tmp", "wb") as file:
+                    np.savez(file, **state)
+                    os.fsync(file.fileno())
+                os.replace(f"{args.save}.tmp", args.save)  # atomic: the old file or the new, whole
+
+    def fitness(params, example):
+        return -bits_per_char(params, example)
+
+    @jax.jit
+    def train_step(params, step, train):
+        key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
+        starts = jax.random.randint(
+            key_data, (args.population // 2, 1), 0, len(train) - args.length
+        )
+        examples = train[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
+        params, scores = es.step(fitness, params, key_noise, examples, args.lr / (1 + step / 600))
+        return params, -jnp.mean(scores)
+
+    @jax.jit
+    def test_bits(params, windows):
+        return jnp.mean(jax.vmap(partial(bits_per_char, params))(windows))
+
+    interrupts = []  # the first Ctrl-C ends training, a second one the program
+
+    def interrupt(*_):
+        interrupts.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+    signal.signal(signal.SIGINT, interrupt)
+    save()  # already now, so that a bad --save is refused before the work
+    size = sum(p.size for p in params.values())
+    print(f"{len(train):,} characters to learn, {len(test):,} held out, {len(alphabet)} different")
+    print(
+        f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}", flush=True
+    )
+    clock = time.perf_counter()
+    train_step = train_step.lower(params, jnp.int32(step), train).compile()
+    test_bits(params, windows).block_until_ready()
+    print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
+
+    done, elapsed, reported, seconds_before = 0, 0.0, 0.0, seconds
+    clock = time.perf_counter()
+    while not interrupts and (elapsed < args.seconds if args.steps is None else done < args.steps):
+        params, bits = train_step(params, jnp.int32(step), train)
+        bits.block_until_ready()
+        done, step, elapsed = done + 1, step + 1, time.perf_counter() - clock
+        seconds = seconds_before + elapsed
+        if elapsed - reported > 2:
+            reported = elapsed
+            left = args.seconds - elapsed
+            if args.steps is not None:
+                left = elapsed / done * (args.steps - done)
+            print(
+                f"step {step:,}   bits/char: train {bits:.2f}, held-out {test_bits(params, windows):.2f}   "
+                f"{done * args.population * args.length / elapsed:,.0f} characters/s   "
+                f"{left:.0f} s left",
+                flush=True,
+            )
+            save()
+    save()
+    tokens = sample(params, key_sample, train[0], 300)
+    print("\n" + "".join(map(chr, alphabet[tokens])) + "\n")
+    print(
+        f"held-out {test_bits(params, windows):.2f} bits/char after {seconds:.0f} s "
+        f"(unigram {unigram:.2f}, bigram {bigram:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -311,9 +311,12 @@ class Eggroll:
         zero = jax.tree.map(
             lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, f.dtype)), params
         )
-        # A single chunk makes no loop: then, in one jit with `evaluate`, XLA sees that both draw the
-        # same noise and draws it once. In chunks it is drawn twice, and memory is bounded.
-        total, _ = jax.lax.scan(add, zero, (indices, weights), unroll=size == len(f))
+        # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the same
+        # noise, and draws it once; into a loop it does not look.
+        if size == len(f):
+            total, _ = add(zero, (indices[0], weights[0]))
+        else:
+            total, _ = jax.lax.scan(add, zero, (indices, weights))
         return jax.tree.map(lambda p, g: g.astype(p.dtype), params, total)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:

@@ -1,0 +1,746 @@
+"""Every claim of eggroll.py and README.md, held against something independent.
+
+Statistical tolerances are `SE` standard errors of the estimator, computed from theory or from the
+sample itself: at 5 a correct program fails one comparison in a million, whatever the seed.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eggroll
+from eggroll import Eggroll, LowRank, dense, normal, signs, standardize, uniform
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+pytestmark = pytest.mark.filterwarnings("error")
+
+HERE = pathlib.Path(__file__).parent
+DRAWS = {"normal": normal, "uniform": uniform, "signs": signs}
+SE = 5.0
+KEY = jax.random.key(0)
+PARAMS = {  # a matrix, a stack of matrices, a vector, a scalar
+    "W": jnp.linspace(-1, 1, 12).reshape(4, 3),
+    "stack": jnp.linspace(1, -1, 18).reshape(2, 3, 3),
+    "b": jnp.array([0.1, -0.2, 0.3]),
+    "s": jnp.array(0.5),
+}
+
+
+def wavy(params, x):
+    """A fitness that uses every leaf, nonlinear in all: params as arrays, x (4,)."""
+    h = x @ params["W"] + params["b"]  # (3,)
+    h, _ = jax.lax.scan(lambda h, M: (jnp.tanh(h @ M + M @ h), None), h, params["stack"])
+    return jnp.sum(jnp.sin(3 * h)) * params["s"]
+
+
+def pair_noise(es, key, params, pairs):
+    """E of every pair as float64 NumPy arrays (pairs, *shape), formed outside the class."""
+    noise = [es.noise(jax.random.fold_in(key, i), params) for i in range(pairs)]
+
+    def full(p, *members):
+        f64 = [jax.tree.map(lambda x: np.asarray(x, np.float64), e) for e in members]
+        return np.stack([e[0] @ e[1].swapaxes(-1, -2) if isinstance(e, tuple) else e for e in f64])
+
+    return jax.tree.map(full, params, *noise)
+
+
+def many_noises(es, params, count, key=KEY):
+    """E of `count` pairs at once, (count, *shape), for the statistics."""
+    noise = jax.vmap(lambda i: es.noise(jax.random.fold_in(key, i), params))(jnp.arange(count))
+    full = [
+        np.asarray(e[0] @ e[1].mT if isinstance(e, tuple) else e, np.float64)
+        for e in jax.tree.leaves(noise, is_leaf=lambda e: isinstance(e, tuple))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), full)
+
+
+def assert_mean(samples, expected, tolerance=SE):
+    """The mean of independent samples (K, ...) is the expected one within standard errors."""
+    samples = np.asarray(samples, np.float64)
+    error = samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+    np.testing.assert_array_less(np.abs(samples.mean(axis=0) - expected), tolerance * error + 1e-12)
+
+
+def close(actual, expected, ulps=64):
+    """Equal to rounding, relative to the largest entry."""
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        assert a.shape == e.shape
+        np.testing.assert_allclose(a, e, rtol=0, atol=ulps * 1.2e-7 * max(1e-30, np.abs(e).max()))
+
+
+# Noise -------------------------------------------------------------------------------------------
+
+
+# E a², E a⁴, E a⁶, E a⁸ of an entry a
+MOMENTS = {"normal": (1, 3, 15, 105), "uniform": (1, 9 / 5, 27 / 7, 9), "signs": (1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", DRAWS)
+def test_entries_have_mean_zero_unit_variance_and_their_kurtosis(name, dtype):
+    a = DRAWS[name](KEY, (1024, 1000), dtype)
+    assert a.dtype == dtype and a.shape == (1024, 1000)
+    a = np.asarray(a, np.float64)
+    m2, m4, m6, m8 = MOMENTS[name]
+    rounding = 2**-16 if dtype == jnp.bfloat16 else 0  # of a⁴, on average over many values
+    for power, expected, variance in (
+        (1, 0, m2),
+        (2, m2, m4 - m2**2),
+        (3, 0, m6),
+        (4, m4, m8 - m4**2),
+    ):
+        assert abs((a**power).mean() - expected) <= SE * np.sqrt(variance / a.size) + rounding
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 1000])
+def test_signs_are_the_bits_of_the_random_words_in_order(size):
+    words = np.asarray(jax.random.bits(KEY, (-(-size // 32),), jnp.uint32))
+    bits = [int(w) >> k & 1 for w in words for k in range(32)][:size]
+    np.testing.assert_array_equal(signs(KEY, (size,)), 2.0 * np.array(bits) - 1)
+
+
+def test_signs_are_the_same_under_jit_and_vmap_and_in_any_shape():
+    keys = jax.random.split(KEY, 5)
+    each = np.stack([signs(k, (7, 11)) for k in keys])
+    np.testing.assert_array_equal(jax.vmap(lambda k: signs(k, (7, 11)))(keys), each)
+    np.testing.assert_array_equal(
+        jax.jit(jax.vmap(lambda k: signs(k, (77,))))(keys), each.reshape(5, 77)
+    )
+    np.testing.assert_array_equal(
+        jax.lax.map(lambda k: signs(k, (7, 11)), keys, batch_size=2), each
+    )
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_neighbouring_entries_are_uncorrelated(name):
+    """Catches a bit used twice: 70 entries are more than two words."""
+    a = np.asarray(jax.vmap(lambda k: DRAWS[name](k, (70,)))(jax.random.split(KEY, 20_000)))
+    covariance = a.T @ a / len(a)
+    variance = np.where(np.eye(70), MOMENTS[name][1] - 1, 1)
+    assert (np.abs(covariance - np.eye(70)) <= 6 * np.sqrt(variance / len(a)) + 1e-6).all()
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("rank", [1, 2, 8, None])
+def test_noise_has_mean_zero_and_identity_covariance_at_every_rank(name, rank):
+    es = Eggroll(1.0, rank, DRAWS[name])
+    noise = many_noises(
+        es, {"M": jnp.zeros((3, 4)), "S": jnp.zeros((2, 2, 3)), "b": jnp.zeros(2)}, 20_000
+    )
+    e = np.concatenate([x.reshape(20_000, -1) for x in noise.values()], axis=1)  # (20000, 26)
+    assert_mean(e, 0)
+    assert_mean(e[:, :, None] * e[:, None, :], np.eye(26), tolerance=6)  # 351 comparisons
+    # and the fourth moment of an entry of A Bᵀ/√r is 3 + (k² - 3)/r, k that of the factors
+    k = MOMENTS[name][1]
+    assert_mean(noise["M"] ** 4, k if rank is None else 3 + (k**2 - 3) / rank)
+
+
+def test_noise_differs_between_pairs_leaves_layers_and_generations():
+    es = Eggroll(1.0, 1, normal)
+    params = {"A": jnp.zeros((30, 30)), "B": jnp.zeros((30, 30)), "S": jnp.zeros((2, 30, 30))}
+    e = many_noises(es, params, 50)
+    other = many_noises(es, params, 50, key=jax.random.key(1))
+    draws = [e["A"], e["B"], e["S"][:, 0], e["S"][:, 1], other["A"], np.roll(e["A"], 1, axis=0)]
+    for i, x in enumerate(draws):
+        for y in draws[:i]:
+            products = (x * y).sum(axis=(1, 2))  # one for each pair, mean 0 if independent
+            assert_mean(products, 0)
+            assert not np.any(np.all(np.isclose(x, y), axis=(1, 2)))
+
+
+def test_noise_depends_on_nothing_but_key_pair_and_leaf():
+    es = Eggroll(1.0, 2, signs)
+    alone = es.noise(jax.random.fold_in(KEY, 3), PARAMS)
+    vmapped = jax.vmap(lambda i: es.noise(jax.random.fold_in(KEY, i), PARAMS))(jnp.arange(7))
+    jax.tree.map(np.testing.assert_array_equal, alone, jax.tree.map(lambda x: x[3], vmapped))
+    moved = es.noise(jax.random.fold_in(KEY, 3), jax.tree.map(lambda p: p + 1, PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, alone, moved)
+
+
+# Forward -----------------------------------------------------------------------------------------
+
+
+def low_rank(shape, r, dtype=jnp.float32):
+    *stack, m, n = shape
+    W, A, B = jax.random.split(KEY, 3)
+    return LowRank(
+        normal(W, shape, dtype), normal(A, (*stack, m, r), dtype), normal(B, (*stack, n, r), dtype)
+    )
+
+
+def check(actual, expected, bound):
+    """Within the rounding of sums and products whose absolute values add up to `bound`."""
+    assert actual.shape == expected.shape
+    eps = float(jnp.finfo(actual.dtype).eps)
+    assert (np.abs(np.asarray(actual, np.float64) - expected) <= 16 * eps * bound).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("r", [1, 3])
+def test_low_rank_multiplies_and_indexes_like_the_dense_matrix(r, transform, dtype):
+    M = low_rank((5, 4), r, dtype)
+    assert M.shape == (5, 4) and M.ndim == 2 and M.dtype == dtype and M.T.shape == (4, 5)
+    W, A, B = (np.asarray(x, np.float64) for x in (M.W, M.A, M.B))
+    D, bound = W + A @ B.T, np.abs(W) + np.abs(A) @ np.abs(B).T
+    check(transform(dense)(M), D, bound)
+    for lead in (), (7,), (2, 7):
+        x = normal(jax.random.key(1), (*lead, 5), dtype)
+        y = np.asarray(x, np.float64)
+        check(transform(lambda x, M: x @ M)(x, M), y @ D, np.abs(y) @ bound)
+        x = normal(jax.random.key(1), (*lead, 4), dtype)
+        y = np.asarray(x, np.float64)
+        check(transform(lambda x, M: x @ M.T)(x, M), y @ D.T, np.abs(y) @ bound.T)
+    for tail in (), (7,):
+        x = normal(jax.random.key(1), (4, *tail), dtype)
+        y = np.asarray(x, np.float64)
+        check(transform(lambda x, M: M @ x)(x, M), D @ y, bound @ np.abs(y))
+    for i in 2, -1, np.int64(3), jnp.array(1), jnp.array([0, 4, 4]), np.array([[1, 2], [3, 0]]):
+        check(transform(lambda i, M: M[i])(i, M), D[np.asarray(i)], bound[np.asarray(i)])
+
+
+def test_numpy_arrays_multiply_a_low_rank_too():
+    M, x = low_rank((5, 4), 2), np.arange(10, dtype=np.float32).reshape(2, 5)
+    close(x @ M, x @ np.asarray(dense(M)))
+    close(M @ x[:, :4].T, np.asarray(dense(M)) @ x[:, :4].T)
+
+
+def test_a_stack_is_taken_apart_by_scan_vmap_and_index():
+    S, x = low_rank((3, 4, 4), 2), normal(jax.random.key(1), (4,))
+    D = np.asarray(dense(S), np.float64)
+    assert S.shape == D.shape == (3, 4, 4)
+    close(jax.lax.scan(lambda h, M: (h @ M, M @ h), x, S)[0], x @ D[0] @ D[1] @ D[2])
+    close(jax.vmap(lambda M: x @ M)(S), np.stack([x @ d for d in D]))
+    close(x @ S[1], x @ D[1])
+    close(jnp.tile(x, (3, 2, 1)) @ S, np.tile(x, (3, 2, 1)) @ D)
+
+
+def test_members_share_one_product_with_W():
+    """In a population of LowRank, the only product with all of W has no member axis on W."""
+    M, x = low_rank((5, 4), 1), jnp.ones((7, 5))
+    members = LowRank(M.W, jnp.stack([M.A] * 7), jnp.stack([M.B] * 7))
+    population = jax.vmap(lambda x, M: x @ M, in_axes=(0, LowRank(None, 0, 0)))
+    close(population(x, members), x @ dense(M))
+    jaxpr = jax.make_jaxpr(population)(x, members)
+    products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert [[v.aval.shape for v in e.invars] for e in products].count([(7, 5), (5, 4)]) == 1
+    assert len(products) == 3 and not any(
+        v.aval.shape == (7, 5, 4) for e in jaxpr.eqns for v in e.outvars
+    )
+
+
+OTHERWISE = {
+    "M * 2": lambda M, x: M * 2,
+    "2 * M": lambda M, x: 2 * M,
+    "x * M": lambda M, x: jnp.ones((4, 4)) * M,
+    "numpy * M": lambda M, x: np.ones((4, 4)) * M,
+    "M + M": lambda M, x: M + M,
+    "1 - M": lambda M, x: 1 - M,
+    "M / 2": lambda M, x: M / 2,
+    "M ** 2": lambda M, x: M**2,
+    "-M": lambda M, x: -M,
+    "abs": lambda M, x: abs(M),
+    "==": lambda M, x: M == x,
+    "x !=": lambda M, x: x != M,
+    "<": lambda M, x: M < 0,
+    "if M": lambda M, x: bool(M),
+    "float": lambda M, x: float(M),
+    "len": lambda M, x: len(M),
+    "for row in M": lambda M, x: list(M),
+    "M[slice]": lambda M, x: M[1:],
+    "M[i, j]": lambda M, x: M[0, 1],
+    "M[mask]": lambda M, x: M[jnp.array([True, False, True, False])],
+    "M[None]": lambda M, x: M[None],
+    "M[True]": lambda M, x: M[True],
+    "M[1.0]": lambda M, x: M[1.0],
+    "M.sum()": lambda M, x: M.sum(),
+    "M.reshape": lambda M, x: M.reshape(-1),
+    "M.astype": lambda M, x: M.astype(jnp.bfloat16),
+    "M.at": lambda M, x: M.at[0].set(0),
+    "M.mT": lambda M, x: M.mT,
+    "stack.T": lambda M, x: low_rank((2, 3, 4), 1).T,
+    "np.asarray": lambda M, x: np.asarray(M),
+    "jnp.asarray": lambda M, x: jnp.asarray(M),
+}
+OTHERWISE_IN_JAX = {  # refused by JAX, NumPy or Python, in their own words
+    "x in M": lambda M, x: 1.0 in M,
+    "jnp.sum": lambda M, x: jnp.sum(M),
+    "jnp.tanh": lambda M, x: jnp.tanh(M),
+    "jnp.dot": lambda M, x: jnp.dot(x, M),
+    "jnp.einsum": lambda M, x: jnp.einsum("i,ij->j", x, M),
+    "jnp.where": lambda M, x: jnp.where(True, M, 0),
+    "jnp.concatenate": lambda M, x: jnp.concatenate([M, M]),
+    "np.sum": lambda M, x: np.sum(M),
+    "np.add": lambda M, x: np.add(M, 1),
+    "np.dot": lambda M, x: np.dot(np.ones(4), M),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_anything_else_done_to_a_low_rank_is_an_error_that_says_what_to_write(name):
+    with pytest.raises(TypeError, match=r"dense\(M\)"):
+        OTHERWISE[name](low_rank((4, 4), 1), jnp.ones(4))
+
+
+@pytest.mark.parametrize("name", OTHERWISE_IN_JAX)
+def test_functions_of_jax_and_numpy_refuse_a_low_rank_too(name):
+    with pytest.raises(TypeError):
+        OTHERWISE_IN_JAX[name](low_rank((4, 4), 1), jnp.ones(4))
+
+
+def test_low_rank_has_no_made_up_attributes():
+    assert not hasattr(low_rank((4, 4), 1), "weight")
+
+
+def test_dense_leaves_everything_else_untouched():
+    tree = {"M": low_rank((3, 2), 1), "b": jnp.ones(2), "none": None, "f": jnp.tanh}
+    out = dense(tree)
+    assert out["b"] is tree["b"] and out["f"] is jnp.tanh and out["none"] is None
+    assert isinstance(out["M"], jax.Array)
+
+
+# Update: evaluate --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_evaluate_is_a_loop_over_dense_members(name, rank):
+    es, pairs = Eggroll(0.3, rank, DRAWS[name]), 7
+    x = normal(jax.random.key(1), (pairs, 4))
+    E = pair_noise(es, KEY, PARAMS, pairs)
+    expected = [
+        [
+            wavy(jax.tree.map(lambda p, e: p + sign * 0.3 * e[i], PARAMS, E), x[i])
+            for sign in (1, -1)
+        ]
+        for i in range(pairs)
+    ]
+    expected = np.array(expected)
+    assert np.ptp(expected) > 0.1  # the members differ
+    for evaluate in es.evaluate, jax.jit(es.evaluate, static_argnums=0):
+        close(evaluate(wavy, PARAMS, KEY, x), expected, ulps=300)
+
+
+def test_perturb_is_the_member_at_sigma_and_sign():
+    es = Eggroll(0.25, 2, normal)
+    E, noise = pair_noise(es, KEY, PARAMS, 1), es.noise(jax.random.fold_in(KEY, 0), PARAMS)
+    for sign in 1.0, -1.0:
+        member = es.perturb(PARAMS, noise, sign)
+        assert isinstance(member["W"], LowRank) and isinstance(member["stack"], LowRank)
+        close(dense(member), jax.tree.map(lambda p, e: p + sign * 0.25 * e[0], PARAMS, E))
+    close(dense(es.perturb(PARAMS, noise)), dense(es.perturb(PARAMS, noise, 1.0)))
+
+
+def test_data_may_be_any_pytree_and_fitness_may_be_of_any_kind():
+    es = Eggroll(0.1, 1, signs)
+    data = {"x": jnp.ones((3, 4)), "seeds": jax.random.split(KEY, 3), "n": (np.arange(3),)}
+
+    def counts(params, example):
+        assert example["x"].shape == (4,) and example["n"][0].shape == ()
+        jax.random.normal(example["seeds"])
+        return jnp.sum(example["x"] @ params["W"] > 0)  # an integer, without a gradient
+
+    scores = es.evaluate(counts, PARAMS, KEY, data)
+    assert scores.shape == (3, 2) and scores.dtype == jnp.int32
+    assert es.gradient(PARAMS, KEY, scores)["W"].shape == (4, 3)
+    assert es.evaluate(lambda p, i: 1.5, PARAMS, KEY, jnp.arange(3)).shape == (3, 2)
+
+
+def test_a_module_with_static_parts_runs_unchanged():
+    """As with Equinox: arrays apart from the rest, then put back where the rest has None."""
+
+    @jax.tree_util.register_dataclass
+    @dataclass
+    class Linear:
+        weight: object
+        bias: object
+        activation: object
+
+        def __call__(self, x):
+            return self.activation(self.weight @ x + self.bias)
+
+    model = Linear(PARAMS["W"], jnp.ones(4), jnp.tanh)
+    params = Linear(model.weight, model.bias, None)
+    static = Linear(None, None, jnp.tanh)
+
+    def fitness(params, x):
+        whole = jax.tree.map(
+            lambda s, p: p if s is None else s, static, params, is_leaf=lambda s: s is None
+        )
+        return jnp.sum(whole(x))
+
+    es, x = Eggroll(0.2, 2, normal), normal(jax.random.key(1), (3, 3))
+    E = pair_noise(es, KEY, params, 3)
+    expected = [
+        [np.tanh((W + s * 0.2 * eW) @ xi + 1 + s * 0.2 * eb).sum() for s in (1, -1)]
+        for W, eW, eb, xi in zip([np.asarray(model.weight)] * 3, E.weight, E.bias, np.asarray(x))
+    ]
+    close(es.evaluate(fitness, params, KEY, x), np.array(expected))
+    assert es.gradient(params, KEY, np.array(expected)).weight.shape == (4, 3)
+
+
+# Update: gradient --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_gradient_is_the_weighted_sum_of_dense_noise(name, rank):
+    es, pairs = Eggroll(0.3, rank, DRAWS[name]), 9
+    f = np.asarray(normal(jax.random.key(1), (pairs, 2)), np.float64)
+    E = pair_noise(es, KEY, PARAMS, pairs)
+    expected = jax.tree.map(
+        lambda e: (np.tensordot(f[:, 0], e, 1) - np.tensordot(f[:, 1], e, 1)) / (2 * pairs * 0.3), E
+    )
+    close(es.gradient(PARAMS, KEY, f), expected)
+    close(jax.jit(es.gradient)(PARAMS, KEY, f), expected)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_gradient_of_a_linear_fitness_is_jax_grad_with_the_predicted_variance(name, rank):
+    """The mean of g is C at every rank, and E|g - C|² = (E|E⟨C, E⟩|² - |C|²)/pairs."""
+    m, n, pairs = 3, 4, 64
+    C = jnp.linspace(-1, 2, m * n).reshape(m, n)
+    es, params = Eggroll(0.7, rank, DRAWS[name]), {"W": jnp.ones((m, n))}
+
+    def fitness(params, _):
+        return jnp.trace(params["W"] @ C.T)  # ⟨C, W⟩
+
+    @jax.jit
+    @jax.vmap
+    def estimate(key):
+        return es.gradient(params, key, es.evaluate(fitness, params, key, jnp.zeros(pairs)))["W"]
+
+    g = np.asarray(estimate(jax.random.split(jax.random.key(1), 500)))
+    assert_mean(g, jax.grad(fitness)(params, None)["W"])
+    k, C2 = MOMENTS[name][1], float((C**2).sum())
+    second = m * n + k - 1  # E|E⟨C, E⟩|² / |C|² at full rank
+    if rank is not None:
+        second = m * n + 2 + ((m + k - 1) * (n + k - 1) - m * n - 2) / rank
+    assert_mean(((g - np.asarray(C)) ** 2).sum(axis=(1, 2)), C2 * (second - 1) / pairs)
+
+
+def characteristic_function(omega, rank, name):
+    """φ_r(ω) = E exp(i⟨ω, E⟩), ω (m, 2): φ₁(ω/√r)^r, with φ₁(ω) = E_b Πᵢ ψ((ω b)ᵢ), b (2,).
+
+    ψ is that of an entry of A. The mean over b is a sum for signs, else Gaussian quadrature.
+    """
+    x, w = np.polynomial.legendre.leggauss(40)
+    z, v = np.polynomial.hermite_e.hermegauss(60)
+    nodes, weights, psi = {
+        "normal": (z, v / v.sum(), lambda t: np.exp(-(t**2) / 2)),
+        "uniform": (np.sqrt(3) * x, w / 2, lambda t: np.sinc(np.sqrt(3) * t / np.pi)),
+        "signs": (np.array([-1.0, 1.0]), np.array([0.5, 0.5]), np.cos),
+    }[name]
+    b = np.stack(np.meshgrid(nodes, nodes), axis=-1)  # (nodes, nodes, 2)
+    return (weights @ psi(b @ omega.T / np.sqrt(rank)).prod(axis=-1) @ weights) ** rank
+
+
+def test_characteristic_function_of_normal_factors_is_a_determinant():
+    omega = np.array([[1.0, -0.5], [0.25, 0.75], [-0.5, 0.5]])
+    for r in 1, 2, 8:
+        expected = np.linalg.det(np.eye(3) + omega @ omega.T / r) ** (-r / 2)
+        np.testing.assert_allclose(characteristic_function(omega, r, "normal"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_gradient_of_a_wave_is_its_closed_form(name, rank):
+    """f(M) = sin⟨Ω, M⟩ at 0: g = -∇φ_r(σΩ)/σ, which differs from rank to rank and draw to draw."""
+    sigma, pairs = 0.5, 1024
+    Omega = np.array([[2.0, -1.0], [0.5, 1.5], [-1.0, 1.0]])
+    es, params = Eggroll(sigma, rank, DRAWS[name]), jnp.zeros((3, 2))
+
+    def fitness(M, _):
+        return jnp.sin(jnp.trace(M @ Omega.T))
+
+    @jax.jit
+    @jax.vmap
+    def estimate(key):
+        return es.gradient(params, key, es.evaluate(fitness, params, key, jnp.zeros(pairs)))
+
+    g = np.asarray(estimate(jax.random.split(jax.random.key(1), 400)))
+
+    def exact(rank, h=1e-5):
+        def slope(e):  # of φ_r at σΩ in the direction e
+            ahead, behind = sigma * Omega + h * e, sigma * Omega - h * e
+            rise = characteristic_function(ahead, rank, name)
+            return (rise - characteristic_function(behind, rank, name)) / (2 * h)
+
+        return -np.reshape([slope(e) for e in np.eye(6).reshape(6, 3, 2)], (3, 2)) / sigma
+
+    assert_mean(g, exact(rank), tolerance=6)
+    # and the test can tell: the answers of other ranks and of full rank are far away
+    error = np.linalg.norm(g.std(axis=0)) / np.sqrt(len(g))
+    full_rank = np.exp(-(sigma**2) * (Omega**2).sum() / 2) * Omega
+    for other in [full_rank] + [exact(r) for r in (1, 2, 8) if r != rank]:
+        assert np.linalg.norm(exact(rank) - other) > 10 * error
+
+
+@pytest.mark.parametrize("rank, pairs", [(1, 2), (1, 5), (2, 2), (2, 5), (1, 20), (None, 1)])
+def test_rank_of_the_update_is_pairs_times_r_up_to_full(rank, pairs):
+    es = Eggroll(0.1, rank, normal)
+    f = normal(jax.random.key(1), (pairs, 2))
+    g = np.asarray(es.gradient(jnp.zeros((6, 8)), KEY, f), np.float64)
+    expected = 6 if rank is None else min(pairs * rank, 6)
+    singular = np.linalg.svd(g, compute_uv=False)
+    assert (singular > 1e-5 * singular[0]).sum() == expected
+
+
+@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_gradient_uses_the_noise_of_evaluate(rank, chunk):
+    """With f = ⟨C, θ⟩: f± = f₀ ± σ⟨C, Eᵢ⟩, so ⟨C, g⟩ is known from the scores alone."""
+    es, C = Eggroll(0.2, rank, normal, chunk), normal(jax.random.key(1), (5, 4))
+    f = es.evaluate(lambda M, _: jnp.trace(M @ C.T), jnp.zeros((5, 4)), KEY, jnp.zeros(7))
+    CE = np.asarray(f[:, 0] - f[:, 1], np.float64) / (2 * 0.2)
+    g = es.gradient(jnp.zeros((5, 4)), KEY, f)
+    close(jnp.vdot(C, g), np.mean(CE**2))
+    other = es.gradient(jnp.zeros((5, 4)), jax.random.key(2), f)
+    assert abs(jnp.vdot(C, other) - np.mean(CE**2)) > 0.01 * np.mean(CE**2)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 100])
+@pytest.mark.parametrize("rank", [2, None])
+def test_every_chunk_gives_the_same_answer(rank, chunk):
+    x = normal(jax.random.key(1), (7, 4))
+    whole, parts = Eggroll(0.3, rank, signs), Eggroll(0.3, rank, signs, chunk)
+    close(parts.evaluate(wavy, PARAMS, KEY, x), whole.evaluate(wavy, PARAMS, KEY, x), ulps=300)
+    f = normal(jax.random.key(2), (7, 2))
+    close(parts.gradient(PARAMS, KEY, f), whole.gradient(PARAMS, KEY, f))
+    step = jax.jit(Eggroll.step, static_argnames="fitness")
+    for a, b in zip(
+        jax.tree.leaves(step(parts, wavy, PARAMS, KEY, x, 0.1)),
+        jax.tree.leaves(step(whole, wavy, PARAMS, KEY, x, 0.1)),
+        strict=True,
+    ):
+        close(a, b, ulps=1000)
+
+
+def test_bfloat16_parameters_with_an_update_in_float32():
+    """Summed in bfloat16, equal terms would stop counting at 256 of them; here there are 4096."""
+    pairs = 4096
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    for chunk in None, 512:
+        es = Eggroll(0.5, 1, signs, chunk)
+        f = jnp.stack([jnp.ones(pairs), jnp.zeros(pairs)], axis=-1)
+        g = es.gradient(params, KEY, f)
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(g))
+        E = many_noises(es, params, pairs)
+        expected = jax.tree.map(lambda e: e.sum(axis=0) / (2 * pairs * 0.5), E)
+        jax.tree.map(
+            lambda a, e: np.testing.assert_allclose(np.float64(a), e, rtol=2**-8, atol=1e-6),
+            g,
+            expected,
+        )
+        constant = Eggroll(0.5, 1, lambda key, shape, dtype: jnp.ones(shape, dtype), chunk)
+        g = constant.gradient(params, KEY, f)
+        assert all((x == 1.0).all() for x in jax.tree.leaves(g))  # Σ 1 / (2 · 4096 · 0.5)
+    new, scores = jax.jit(es.step, static_argnums=0)(
+        wavy, params, KEY, jnp.ones((8, 4), jnp.bfloat16), 0.1
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(new)) and scores.shape == (8, 2)
+    assert new["W"].shape == (4, 3) and not jnp.array_equal(new["W"], params["W"])
+
+
+def test_float64_parameters_are_handled_in_float64():
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        jax.config.update("jax_enable_x64", True)
+        from eggroll import Eggroll, signs
+        es, C, W = Eggroll(0.1, 2, signs), np.arange(12.0).reshape(4, 3), jnp.zeros((4, 3))
+        key = jax.random.key(0)
+        f = es.evaluate(lambda M, _: jnp.trace(M @ C.T), W, key, jnp.zeros(50))
+        g = es.gradient(W, key, f)
+        assert f.dtype == g.dtype == jnp.float64
+        d = (f[:, 0] - f[:, 1]) / 0.2
+        np.testing.assert_allclose(jnp.vdot(C, g), jnp.mean(d**2), rtol=1e-13)
+    """
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], cwd=HERE, check=True
+    )
+
+
+# Update: standardize, step, errors ---------------------------------------------------------------
+
+
+def test_standardize_is_the_z_score():
+    f = np.asarray(normal(KEY, (50, 2)), np.float64) * 3 + 7
+    close(standardize(f), (f - f.mean()) / f.std())
+    assert standardize(jnp.arange(6).reshape(3, 2)).dtype == jnp.float32
+    for scale, offset in (1e30, 0), (1e-30, 0), (1.0, 1e6):
+        z = np.asarray(standardize(jnp.float32(scale * f + offset)), np.float64)
+        assert abs(z.mean()) < 1e-5 and abs(z.std() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_member_that_is_not_finite_counts_as_the_worst(bad):
+    f = np.arange(10.0).reshape(5, 2)
+    f[2, 1], g = bad, f.copy()
+    g[2, 1] = 0.0
+    close(standardize(f), standardize(g))
+
+
+def test_where_nothing_can_be_told_apart_nothing_is_learnt():
+    for f in (
+        np.full((4, 2), 0.1),
+        np.full((4, 2), np.nan),
+        np.zeros((1, 2)),
+        np.full((3, 2), np.inf),
+    ):
+        assert (standardize(f) == 0).all()
+    f = np.full((4, 2), np.nan)
+    f[0, 0] = 3.0
+    assert (standardize(f) == 0).all()
+
+
+def test_step_survives_members_that_are_not_finite():
+    es = Eggroll(1.0, 1, normal)
+    params, scores = es.step(lambda p, x: jnp.log(p["b"][0] * x), PARAMS, KEY, jnp.ones(64), 0.1)
+    assert 0 < np.isfinite(scores).sum() < scores.size
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
+
+
+def test_step_is_evaluate_standardize_gradient_and_plain_ascent():
+    es, x = Eggroll(0.3, 2, uniform), normal(jax.random.key(1), (9, 4))
+    params, scores = jax.jit(es.step, static_argnames="fitness")(wavy, PARAMS, KEY, x, lr=0.5)
+    f = np.asarray(es.evaluate(wavy, PARAMS, KEY, x), np.float64)
+    close(scores, f, ulps=300)
+    g = es.gradient(PARAMS, KEY, (f - f.mean()) / f.std())
+    close(params, jax.tree.map(lambda p, g: p + 0.5 * g, PARAMS, g), ulps=1000)
+
+
+def test_sigma_may_be_traced_scheduled_and_batched():
+    x = normal(jax.random.key(1), (5, 4))
+    evaluate = jax.jit(Eggroll.evaluate, static_argnames="fitness")
+    sweep = jax.vmap(lambda sigma: Eggroll(sigma, 2).evaluate(wavy, PARAMS, KEY, x))
+    for sigma, row in zip((0.1, 0.4), sweep(jnp.array([0.1, 0.4])), strict=True):
+        close(evaluate(Eggroll(sigma, 2), wavy, PARAMS, KEY, x), row, ulps=300)
+        close(evaluate(Eggroll(jnp.float32(sigma), 2), wavy, PARAMS, KEY, x), row, ulps=300)
+    assert evaluate._cache_size() == 2  # a weak and a strong float32: not one for each value
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        for chunk in None, 2:
+            step = jax.jit(Eggroll(0.1, 1, signs, chunk).step, static_argnames="fitness")
+            step(wavy, PARAMS, KEY, jnp.ones((4, 4)), 0.1)
+
+
+ERRORS = {
+    "rank 0": (lambda: Eggroll(0.1, 0), ValueError, "rank .* got 0"),
+    "rank 1.5": (lambda: Eggroll(0.1, 1.5), ValueError, "rank .* got 1.5"),
+    "chunk 0": (lambda: Eggroll(0.1, chunk=0), ValueError, "chunk .* got 0"),
+    "sigma 0": (lambda: Eggroll(0), ValueError, "sigma must be positive and finite, got 0"),
+    "sigma -1": (lambda: Eggroll(jnp.float32(-1)), ValueError, "got -1"),
+    "sigma nan": (lambda: Eggroll(float("nan")), ValueError, "got nan"),
+    "empty": (lambda: scores(data=jnp.zeros((0, 4))), ValueError, r"pairs ≥ 1.*\(0, 4\)"),
+    "no data": (lambda: scores(data=None), ValueError, "pairs ≥ 1"),
+    "scalar data": (lambda: scores(data=jnp.ones(())), ValueError, "pairs ≥ 1"),
+    "two lengths": (
+        lambda: scores(data=(jnp.ones((3, 4)), jnp.ones(2))),
+        ValueError,
+        r"\(3, 4\).*\(2,\)",
+    ),
+    "vector fitness": (lambda: scores(lambda p, x: x), ValueError, r"a scalar, got shape \(4,\)"),
+    "tuple fitness": (lambda: scores(lambda p, x: (x[0], x[1])), ValueError, "a scalar, got"),
+    "no fitness": (lambda: scores(lambda p, x: None), ValueError, "a scalar, got"),
+    "N scores": (
+        lambda: Eggroll(0.1).gradient(PARAMS, KEY, jnp.ones(6)),
+        ValueError,
+        r"got \(6,\)",
+    ),
+    "three signs": (
+        lambda: Eggroll(0.1).gradient(PARAMS, KEY, jnp.ones((2, 3))),
+        ValueError,
+        "pairs, 2",
+    ),
+    "no scores": (
+        lambda: Eggroll(0.1).gradient(PARAMS, KEY, jnp.ones((0, 2))),
+        ValueError,
+        r"\(0, 2\)",
+    ),
+    "int leaf": (
+        lambda: scores(params={"n": [jnp.arange(3)]}),
+        TypeError,
+        r"\['n'\]\[0\].*close over",
+    ),
+    "function leaf": (lambda: scores(params={"f": jnp.tanh}), TypeError, r"\['f'\].*close over"),
+    "float leaf": (lambda: scores(params={"x": 1.0}), TypeError, r"\['x'\].*got 1.0"),
+}
+
+
+def scores(fitness=lambda params, x: 0.0, params=PARAMS, data=np.ones((3, 4), np.float32)):
+    return Eggroll(0.1).evaluate(fitness, params, KEY, data)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_expected_and_what_came(name):
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+# What the compiler makes of it -------------------------------------------------------------------
+
+
+def compiled_step(chunk=None, draw=signs, pairs=128, width=64):
+    """The step of a two-layer net, its parameters `width` square."""
+    params = [jnp.zeros((width, width))] * 2
+
+    def fitness(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]))
+
+    step = jax.jit(Eggroll(0.1, 1, draw, chunk).step, static_argnums=0)
+    return step.lower(fitness, params, KEY, jnp.ones((pairs, width)), 0.1).compile()
+
+
+def largest_array(compiled):
+    shapes = re.findall(r"\w\d+\[([\d,]+)\]", compiled.as_text())
+    return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+
+
+def test_nothing_of_the_size_of_a_perturbed_matrix_per_member_exists():
+    pairs, width = 128, 64
+    compiled = compiled_step(None, signs, pairs, width)
+    assert largest_array(compiled) <= 4 * pairs * width  # far below pairs · width²
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * pairs * width**2 / 4
+    full_rank = jax.jit(Eggroll(0.1, None).gradient)  # and the two measures can tell
+    full_rank = full_rank.lower([jnp.zeros((width, width))], KEY, jnp.ones((pairs, 2))).compile()
+    assert largest_array(full_rank) >= pairs * width**2
+
+
+@pytest.mark.parametrize("draw", [signs, normal, uniform])
+def test_a_step_draws_its_noise_once(draw):
+    """Random bits come from loops of threefry; a second draw would add to them, as in chunks."""
+
+    def loops(compiled):
+        return compiled.as_text().count(" while(")
+
+    params, x = [jnp.zeros((64, 64))] * 2, jnp.ones((128, 64))
+    evaluate = jax.jit(Eggroll(0.1, 1, draw).evaluate, static_argnums=0)
+    alone = evaluate.lower(lambda p, x: jnp.sum(x @ p[0] @ p[1]), params, KEY, x).compile()
+    assert loops(alone) > 0
+    assert loops(compiled_step(None, draw)) == loops(alone)
+    assert loops(compiled_step(64, draw)) > loops(alone)
+
+
+def test_chunks_bound_memory():
+    """Four times the population in chunks of the same size needs hardly more memory."""
+    small, large = compiled_step(64, pairs=256), compiled_step(64, pairs=1024)
+    whole = compiled_step(None, pairs=1024)
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (small, large, whole)]
+    assert memory[1] < 1.5 * memory[0] and memory[1] < memory[2] / 4

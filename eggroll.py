@@ -308,9 +308,8 @@ class Eggroll:
         padding = -len(f) % size  # pairs that do not exist, of weight 0, fill the last chunk
         weights = jnp.pad(weights, (0, padding)).reshape(-1, size)  # (chunks, chunk)
         indices = jnp.arange(weights.size).reshape(weights.shape)  # (chunks, chunk)
-        zero = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, f.dtype)), params
-        )
+        dtype = weights.dtype
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, dtype)), params)
         # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the same
         # noise, and draws it once; into a loop it does not look.
         if size == len(f):
@@ -451,8 +450,8 @@ def main() -> None:
     add("--resume", metavar="FILE", help="checkpoint to continue, with the options that it holds")
     args = parser.parse_args()
     if args.resume:
-        with refusing(f"resume {args.resume}"), np.load(args.resume) as file:
-            saved = dict(file)
+        with refusing(f"resume {args.resume}"), open(args.resume, "rb") as file:
+            saved = dict(np.load(file))
             parser.set_defaults(**json.loads(str(saved["options"])))
         args = parser.parse_args()
     options = {
@@ -548,6 +547,7 @@ def main() -> None:
         seconds = seconds_before + elapsed
         if elapsed - reported > 2:
             reported = elapsed
+            save()
             left = args.seconds - elapsed
             if args.steps is not None:
                 left = elapsed / done * (args.steps - done)
@@ -557,7 +557,6 @@ def main() -> None:
                 f"{left:.0f} s left",
                 flush=True,
             )
-            save()
     save()
     tokens = sample(params, key_sample, train[0], 300)
     print("\n" + "".join(map(chr, alphabet[tokens])) + "\n")

@@ -4,15 +4,13 @@ Statistical tolerances are `SE` standard errors of the estimator, computed from 
 sample itself: at 5 a correct program fails one comparison in a million, whatever the seed.
 """
 
-import json
-import os
+import itertools
 import pathlib
 import re
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import dataclass
 
 import jax
@@ -321,14 +319,11 @@ def test_evaluate_is_a_loop_over_dense_members(name, rank):
     es, pairs = Eggroll(0.3, rank, DRAWS[name]), 7
     x = normal(jax.random.key(1), (pairs, 4))
     E = pair_noise(es, KEY, PARAMS, pairs)
-    expected = [
-        [
-            wavy(jax.tree.map(lambda p, e: p + sign * 0.3 * e[i], PARAMS, E), x[i])
-            for sign in (1, -1)
-        ]
-        for i in range(pairs)
-    ]
-    expected = np.array(expected)
+
+    def member(i, scale):
+        return jax.tree.map(lambda p, e: p + scale * e[i], PARAMS, E)
+
+    expected = np.array([[wavy(member(i, s), x[i]) for s in (0.3, -0.3)] for i in range(pairs)])
     assert np.ptp(expected) > 0.1  # the members differ
     for evaluate in es.evaluate, jax.jit(es.evaluate, static_argnums=0):
         close(evaluate(wavy, PARAMS, KEY, x), expected, ulps=300)
@@ -337,11 +332,10 @@ def test_evaluate_is_a_loop_over_dense_members(name, rank):
 def test_perturb_is_the_member_at_sigma_and_sign():
     es = Eggroll(0.25, 2, normal)
     E, noise = pair_noise(es, KEY, PARAMS, 1), es.noise(jax.random.fold_in(KEY, 0), PARAMS)
-    for sign in 1.0, -1.0:
-        member = es.perturb(PARAMS, noise, sign)
-        assert isinstance(member["W"], LowRank) and isinstance(member["stack"], LowRank)
-        close(dense(member), jax.tree.map(lambda p, e: p + sign * 0.25 * e[0], PARAMS, E))
-    close(dense(es.perturb(PARAMS, noise)), dense(es.perturb(PARAMS, noise, 1.0)))
+    plus, minus = es.perturb(PARAMS, noise), es.perturb(PARAMS, noise, -1.0)
+    assert isinstance(plus["W"], LowRank) and isinstance(plus["stack"], LowRank)
+    close(dense(plus), jax.tree.map(lambda p, e: p + 0.25 * e[0], PARAMS, E))
+    close(dense(minus), jax.tree.map(lambda p, e: p - 0.25 * e[0], PARAMS, E))
 
 
 def test_data_may_be_any_pytree_and_fitness_may_be_of_any_kind():
@@ -683,7 +677,10 @@ ERRORS = {
 }
 
 
-def scores(fitness=lambda params, x: 0.0, params=PARAMS, data=np.ones((3, 4), np.float32)):
+DATA = jnp.ones((3, 4))
+
+
+def scores(fitness=lambda params, x: 0.0, params=PARAMS, data=DATA):
     return Eggroll(0.1).evaluate(fitness, params, KEY, data)
 
 
@@ -744,3 +741,281 @@ def test_chunks_bound_memory():
     whole = compiled_step(None, pairs=1024)
     memory = [c.memory_analysis().temp_size_in_bytes for c in (small, large, whole)]
     assert memory[1] < 1.5 * memory[0] and memory[1] < memory[2] / 4
+
+
+# Models ------------------------------------------------------------------------------------------
+
+
+def test_mlp_is_the_composition_of_its_layers():
+    params = eggroll.mlp_init(KEY, (3, 5, 2))
+    assert [jax.tree.map(jnp.shape, p) for p in params] == [
+        {"W": (3, 5), "b": (5,)},
+        {"W": (5, 2), "b": (2,)},
+    ]
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    x = np.asarray(normal(KEY, (7, 3)), np.float64)
+    (V, c), (W, b) = ((np.asarray(p["W"], np.float64), np.asarray(p["b"])) for p in params)
+    close(jax.vmap(lambda x: eggroll.mlp(params, x))(jnp.float32(x)), np.tanh(x @ V + c) @ W + b)
+    with jax.numpy_rank_promotion("allow"):
+        assert eggroll.mlp(params, jnp.ones((4, 7, 3))).shape == (4, 7, 2)
+    W = eggroll.mlp_init(KEY, (400, 300))[0]["W"]  # entries of variance 1/400
+    assert abs(400 * W.var() - 1) < SE * np.sqrt(2 / W.size)
+
+
+def numpy_logits(params, text):
+    """A minimal gated unit as a loop, float64: (length, vocab) logits after each token."""
+    p = {name: np.asarray(x, np.float64) for name, x in params.items()}
+    hidden = len(p["U"])
+    h, logits = np.zeros(hidden), []
+    for token in text:
+        x, u = p["E"][token] @ p["W"] + p["b"], h @ p["U"]
+        gate = 1 / (1 + np.exp(-x[:hidden] - u[:hidden]))
+        candidate = np.tanh(x[hidden:] + gate * u[hidden:])
+        h = h + gate * (candidate - h)
+        logits.append(p["E"] @ h + p["c"])
+    return np.array(logits)
+
+
+def rnn_params(vocab=5, hidden=6):
+    params = eggroll.rnn_init(KEY, vocab, hidden)
+    return jax.tree.map(lambda p: p + 0.3 * normal(jax.random.key(1), p.shape), params)
+
+
+def test_bits_per_char_is_the_loop_over_the_text():
+    params, text = rnn_params(), np.array([0, 3, 1, 4, 4, 2, 0, 1])
+    p = np.exp(numpy_logits(params, text[:-1]))
+    p /= p.sum(axis=1, keepdims=True)
+    expected = -np.log2(p[np.arange(7), text[1:]]).mean()
+    close(eggroll.bits_per_char(params, jnp.array(text)), expected, ulps=20)
+    nothing_known = jax.tree.map(jnp.zeros_like, params)
+    close(eggroll.bits_per_char(nothing_known, jnp.array(text)), np.log2(5))
+
+
+def test_the_rnn_remembers():
+    """Its next character depends on one read long before, through U and h alone."""
+    params = rnn_params()
+    a, b = (jnp.array([first, 1, 2, 3, 4]) for first in (0, 3))
+    assert abs(eggroll.bits_per_char(params, a) - eggroll.bits_per_char(params, b)) > 1e-3
+    assert abs(numpy_logits(params, a)[-1] - numpy_logits(params, b)[-1]).max() > 1e-4
+
+
+def test_members_of_the_rnn_are_those_with_dense_weights():
+    es, params = Eggroll(0.2, 2, normal), rnn_params()
+    text = jax.random.randint(jax.random.key(2), (3, 9), 0, 5)
+    scores = es.evaluate(eggroll.bits_per_char, params, KEY, text)
+    E = pair_noise(es, KEY, params, 3)
+    for i in range(3):
+        for column, scale in enumerate((0.2, -0.2)):
+            member = {name: params[name] + scale * E[name][i] for name in params}
+            close(scores[i, column], eggroll.bits_per_char(member, text[i]), ulps=100)
+
+
+def test_sample_follows_the_distribution_of_the_model():
+    """A model that ignores what it reads writes independent characters of known frequencies."""
+    params = jax.tree.map(jnp.zeros_like, rnn_params())
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    tokens = np.asarray(eggroll.sample(params | {"c": jnp.log(p)}, KEY, 0, 20_000))
+    assert_mean(tokens[:, None] == np.arange(5), p)
+    # and it reads what it wrote: with a strong model, most pairs are the likely ones
+    params = rnn_params() | {"E": 3 * normal(jax.random.key(3), (5, 6))}
+    tokens = np.asarray(eggroll.sample(params, KEY, 2, 200))
+    logits = numpy_logits(params, np.concatenate([[2], tokens[:-1]]))
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    entropy = -(p * np.log(p + 1e-300)).sum(axis=1)
+    surprise = -np.log(p[np.arange(200), tokens])
+    assert_mean(surprise - entropy, 0)
+
+
+# Command line ------------------------------------------------------------------------------------
+
+TINY = ["--population", "64", "--hidden", "8", "--length", "8"]
+LAST_LINE = (
+    r"held-out (\d+\.\d\d) bits/char after \d+ s \(unigram (\d+\.\d\d), bigram (\d+\.\d\d)\)"
+)
+
+
+def run(*arguments, **how):
+    command = [sys.executable, "-W", "error", HERE / "eggroll.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, **how)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat — " * 200, encoding="utf-8")
+    return path
+
+
+def test_it_learns_prints_a_sample_and_ends_with_the_score(text):
+    done = run("--text", text, "--steps", 150, "--population", 512, "--hidden", 16)
+    assert done.returncode == 0 and done.stderr == ""
+    *_, last = done.stdout.splitlines()
+    held_out, unigram, bigram = map(float, re.fullmatch(LAST_LINE, last).groups())
+    assert held_out < unigram - 0.5
+    written = done.stdout.split("compiled in")[1].split("\n\n")[1]
+    assert len(written) == 300 and set(written) <= set(text.read_text(encoding="utf-8"))
+    # the baselines, counted in plain Python
+    characters = text.read_text(encoding="utf-8")
+    cut = len(characters) * 9 // 10
+    train, test = characters[:cut], characters[cut:]
+    alphabet = sorted(set(characters))
+    pairs = list(itertools.pairwise(train))
+    p = {c: (train.count(c) + 0.1) / (len(train) + 0.1 * len(alphabet)) for c in alphabet}
+    firsts = {c: sum(a == c for a, _ in pairs) for c in alphabet}
+    bits = [
+        -np.log2((pairs.count((a, b)) + 0.1) / (firsts[a] + 0.1 * len(alphabet)))
+        for a, b in itertools.pairwise(test)
+    ]
+    assert abs(unigram + np.mean([np.log2(p[c]) for c in test[1:]])) < 0.006
+    assert abs(bigram - np.mean(bits)) < 0.006
+
+
+def parameters(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in ("E", "W", "U", "b", "c", "step")}
+
+
+def test_resuming_continues_exactly(text, tmp_path):
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    assert run("--text", text, *TINY, "--steps", 6, "--save", a).returncode == 0
+    assert run("--text", text, *TINY, "--steps", 3, "--save", b).returncode == 0
+    halfway = parameters(b)
+    assert run("--steps", 3, "--resume", b, "--save", b).returncode == 0  # options are in the file
+    assert parameters(a)["step"] == parameters(b)["step"] == 6
+    for name, value in parameters(a).items():
+        np.testing.assert_array_equal(value, parameters(b)[name])
+        assert not np.array_equal(value, halfway[name])
+
+
+def test_ctrl_c_ends_training_not_the_program_and_kill_leaves_a_whole_checkpoint(text, tmp_path):
+    path = tmp_path / "c.npz"
+    arguments = ["--text", text, *TINY, "--seconds", "600", "--save", path]
+    for blow in signal.SIGINT, signal.SIGKILL:
+        process = subprocess.Popen(
+            [sys.executable, HERE / "eggroll.py", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        process.send_signal(blow)
+        out, err = process.communicate(timeout=60)
+        if blow == signal.SIGINT:
+            assert process.returncode == 0 and err == ""
+            assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
+            saved = parameters(path)["step"]
+            assert saved > 0
+        else:
+            assert process.returncode == -signal.SIGKILL
+    assert run("--steps", 1, "--resume", path, "--save", path).returncode == 0
+    assert parameters(path)["step"] > 1
+
+
+def test_a_save_cut_short_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
+    path = tmp_path / "d.npz"
+    assert run("--text", text, *TINY, "--steps", 1, "--save", path).returncode == 0
+    before = path.read_bytes()
+
+    def savez(file, **state):
+        file.write(b"half of a checkpoint")
+        raise KeyboardInterrupt  # killed here
+
+    monkeypatch.setattr(np, "savez", savez)
+    arguments = ["eggroll.py", "--steps", "1", "--resume", str(path), "--save", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        eggroll.main()
+    signal.signal(signal.SIGINT, handler)
+    assert path.read_bytes() == before
+
+
+REFUSED = {
+    "missing text": (["--text", "nowhere.txt"], "nowhere.txt"),
+    "empty text": (["--text", "empty.txt"], "empty.txt"),
+    "short text": (["--text", "short.txt"], "short.txt"),
+    "not UTF-8": (["--text", "latin1.txt"], "utf-8"),
+    "odd population": (["--population", "7"], "even and at least 2, got 7"),
+    "no population": (["--population", "0"], "even and at least 2, got 0"),
+    "rank 0": (["--rank", "0"], "rank must be .* got 0"),
+    "rank word": (["--rank", "half"], "half"),
+    "sigma 0": (["--sigma", "0"], "sigma must be positive"),
+    "no hidden units": (["--hidden", "0"], "at least 1"),
+    "no length": (["--length", "0"], "at least 1"),
+    "missing checkpoint": (["--resume", "nowhere.npz"], "nowhere.npz"),
+    "not a checkpoint": (["--resume", "short.txt"], "short.txt"),
+    "empty checkpoint": (["--resume", "empty.txt"], "empty.txt"),
+    "cut checkpoint": (["--resume", "cut.npz"], "cut.npz"),
+    "other shape": (["--resume", "good.npz", "--hidden", "9"], r"\(3, 9\), got \(3, 8\)"),
+    "other text": (["--resume", "good.npz", "--text", "long.txt"], "other characters"),
+    "no such folder": (["--save", "nowhere/x.npz"], "nowhere/x.npz"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "short.txt").write_bytes(b"too short a text for this" * 4)
+    (folder / "long.txt").write_bytes(b"0123456789" * 100)
+    (folder / "latin1.txt").write_bytes("é".encode("latin-1") * 1000)
+    (folder / "abc.txt").write_bytes(b"abc" * 100)
+    good = run("--text", "abc.txt", *TINY, "--steps", 0, "--save", "good.npz", cwd=folder)
+    assert good.returncode == 0, good.stderr
+    (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-100])
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_in_one_line(name, bad_inputs, monkeypatch, capsys):
+    arguments, message = REFUSED[name]
+    monkeypatch.chdir(bad_inputs)
+    monkeypatch.setattr(sys, "argv", ["eggroll.py", *arguments])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit:
+        eggroll.main()
+    signal.signal(signal.SIGINT, handler)
+    output = capsys.readouterr()
+    assert exit.value.code == 2 and output.err.count("\n") == 1
+    assert re.search(message, output.err)
+
+
+# Documents ---------------------------------------------------------------------------------------
+
+
+def prints(code):
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_the_example_in_the_docstring_learns():
+    code = eggroll.__doc__.split("here a linear model:\n")[1].split("`python eggroll.py`")[0]
+    assert -1 < float(prints(textwrap.dedent(code))) < 0
+
+
+def test_the_example_in_the_readme_prints_what_it_says():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code.strip().splitlines()) < 22
+    accuracy = float(prints(code).removeprefix("accuracy "))
+    stated = float(re.search(r"prints `accuracy (\S+)`", readme)[1])
+    assert abs(accuracy - stated) < 0.03
+
+
+def test_the_readme_names_every_option_with_its_default():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    help = " ".join(run("--help").stdout.split("options:")[1].split())
+    documented = dict(re.findall(r"\| `(--\w+)[^`]*` \| `?([^`|]*?)`? \|", readme))
+    actual = dict(re.findall(r"(--\w+)(?:(?! --).)*\(default: (.*?)\)", help))
+    assert {option: default or "None" for option, default in documented.items()} == actual
+    for field in Eggroll.__dataclass_fields__:
+        assert f"| `{field}` |" in readme
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^.*-m pytest$", readme, re.MULTILINE)
+    assert command in (HERE / ".ci" / "run").read_text(encoding="utf-8")

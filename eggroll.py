@@ -436,8 +436,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--text", metavar="FILE", help="UTF-8 text to learn; if None, Python's pydoc_data.topics")
-    add("--seconds", type=float, default=60.0, help="how long to train")
-    add("--steps", type=int, help="how many steps to train; if None, --seconds decides")
+    add("--seconds", type=float, default=60, help="how long to train")
+    add("--steps", type=int, help="how many steps to train, instead of a time")
     add("--population", type=int, default=8192, help="members, an even number")
     add("--rank", default="1", help="rank of the noise, a number or full")
     add("--noise", choices=["signs", "normal", "uniform"], default="signs", help="its entries")

@@ -1008,7 +1008,7 @@ def test_the_example_in_the_readme_prints_what_it_says():
 def test_the_readme_names_every_option_with_its_default():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     help = " ".join(run("--help").stdout.split("options:")[1].split())
-    documented = dict(re.findall(r"\| `(--\w+)[^`]*` \| `?([^`|]*?)`? \|", readme))
+    documented = dict(re.findall(r"\| `(--\w+)[^`]*` \| `?([^`|]*?)`? ?\|", readme))
     actual = dict(re.findall(r"(--\w+)(?:(?! --).)*\(default: (.*?)\)", help))
     assert {option: default or "None" for option, default in documented.items()} == actual
     for field in Eggroll.__dataclass_fields__:

@@ -204,7 +204,7 @@ class Eggroll:
              noise, one with more is a stack of matrices; one with fewer has dense noise.
     key      a new one for every population. The noise is a function of key, pair and leaf alone: so
              `gradient` rebuilds what `evaluate` drew, in any chunks and on any number of machines,
-             from the key and the scores (Algorithm 1).
+             from the key and the scores (Algorithm 1). Pair i has the key fold_in(key, i).
     fitness  in `evaluate` and `step`: (params, example) -> scalar, higher is better, any function
              that JAX can trace, differentiable or not. In `gradient`: its values, (pairs, 2).
     data     a pytree of arrays whose first axis is `pairs`, N/2: both members of a pair see its entry.
@@ -281,7 +281,9 @@ class Eggroll:
         return jax.vmap(members, out_axes=1)(jnp.array([1.0, -1.0]))  # (pairs, 2)
 
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
-        """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: estimates ∇J of J(θ) = E[f(θ + σE)].
+        """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
+
+        Its mean is ∇J for normal E of full rank, and differs by O(1/r) for E of rank r (Theorem 2).
 
         `fitness` is that of `evaluate` with the same key, standardized or not. The sum over the
         members of a chunk is one matrix product, (A ⊙ f) Bᵀ, in at least float32.
@@ -434,13 +436,14 @@ def main() -> None:
         description="Train a character RNN with EGGROLL, without backpropagation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    draws = {"signs": signs, "normal": normal, "uniform": uniform}
     add = parser.add_argument
     add("--text", metavar="FILE", help="UTF-8 text to learn; if None, Python's pydoc_data.topics")
-    add("--seconds", type=float, default=60, help="how long to train")
-    add("--steps", type=int, help="how many steps to train, instead of a time")
+    add("--seconds", type=float, default=60, help="how long to train, from now on")
+    add("--steps", type=int, help="how many steps to train instead, from now on")
     add("--population", type=int, default=8192, help="members, an even number")
     add("--rank", default="1", help="rank of the noise, a number or full")
-    add("--noise", choices=["signs", "normal", "uniform"], default="signs", help="its entries")
+    add("--noise", choices=draws, default="signs", help="distribution of its entries")
     add("--sigma", type=float, default=0.04, help="scale of the noise")
     add("--lr", type=float, default=0.5, help="learning rate, to be divided by 1 + step/600")
     add("--hidden", type=int, default=32, help="units of memory of the RNN")
@@ -454,27 +457,21 @@ def main() -> None:
             saved = dict(np.load(file))
             parser.set_defaults(**json.loads(str(saved["options"])))
         args = parser.parse_args()
-    options = {
-        k: v for k, v in vars(args).items() if k not in ("seconds", "steps", "save", "resume")
-    }
+    of_this_run = "seconds", "steps", "save", "resume"  # the other options go into checkpoints
+    options = json.dumps({k: v for k, v in vars(args).items() if k not in of_this_run})
 
     with refusing("use these options"):
-        draw = {"signs": signs, "normal": normal, "uniform": uniform}[args.noise]
-        es = Eggroll(args.sigma, None if args.rank == "full" else int(args.rank), draw)
+        es = Eggroll(args.sigma, None if args.rank == "full" else int(args.rank), draws[args.noise])
         if args.population < 2 or args.population % 2:
             raise ValueError(f"--population must be even and at least 2, got {args.population}")
         if min(args.hidden, args.length) < 1:
-            raise ValueError(
-                f"--hidden and --length must be at least 1, got {args.hidden}, {args.length}"
-            )
+            raise ValueError(f"--hidden {args.hidden}, --length {args.length}: at least 1 each")
     with refusing(f"learn {args.text}"):
         topics = "\n\n".join(pydoc_data.topics.topics.values())
         text = pathlib.Path(args.text).read_text(encoding="utf-8") if args.text else topics
-        text = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        alphabet, text = np.unique(
-            text, return_inverse=True
-        )  # (vocab,) characters, text as indices
-        train, test = np.split(text.astype(np.int32), [len(text) * 9 // 10])
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # one for each character
+        alphabet, tokens = np.unique(codes, return_inverse=True)  # (vocab,), (len(text),)
+        train, test = np.split(tokens.astype(np.int32), [len(tokens) * 9 // 10])
         if len(test) <= args.length:
             raise ValueError(f"its last tenth has {len(test)} characters, --length needs more")
     unigram, bigram = ngram_bits(train, test, len(alphabet))
@@ -495,12 +492,10 @@ def main() -> None:
 
     def save():
         if args.save:
-            state = dict(
-                params, step=step, seconds=seconds, alphabet=alphabet, options=json.dumps(options)
-            )
+            run = {"step": step, "seconds": seconds, "alphabet": alphabet, "options": options}
             with refusing(f"save {args.save}"):
                 with open(f"{args.save}.tmp", "wb") as file:
-                    np.savez(file, **state)
+                    np.savez(file, **params, **run)
                     os.fsync(file.fileno())
                 os.replace(f"{args.save}.tmp", args.save)  # atomic: the old file or the new, whole
 
@@ -510,9 +505,8 @@ def main() -> None:
     @jax.jit
     def train_step(params, step, train):
         key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
-        starts = jax.random.randint(
-            key_data, (args.population // 2, 1), 0, len(train) - args.length
-        )
+        last = len(train) - args.length
+        starts = jax.random.randint(key_data, (args.population // 2, 1), 0, last)  # (pairs, 1)
         examples = train[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
         params, scores = es.step(fitness, params, key_noise, examples, args.lr / (1 + step / 600))
         return params, -jnp.mean(scores)
@@ -530,36 +524,36 @@ def main() -> None:
     save()  # already now, so that a bad --save is refused before the work
     size = sum(p.size for p in params.values())
     print(f"{len(train):,} characters to learn, {len(test):,} held out, {len(alphabet)} different")
-    print(
-        f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}", flush=True
-    )
+    print(f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}")
     clock = time.perf_counter()
     train_step = train_step.lower(params, jnp.int32(step), train).compile()
     test_bits(params, windows).block_until_ready()
     print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
 
-    done, elapsed, reported, seconds_before = 0, 0.0, 0.0, seconds
+    done, elapsed, reported, earlier = 0, 0.0, 0.0, seconds
     clock = time.perf_counter()
     while not interrupts and (elapsed < args.seconds if args.steps is None else done < args.steps):
         params, bits = train_step(params, jnp.int32(step), train)
         bits.block_until_ready()
         done, step, elapsed = done + 1, step + 1, time.perf_counter() - clock
-        seconds = seconds_before + elapsed
+        seconds = earlier + elapsed
         if elapsed - reported > 2:
             reported = elapsed
             save()
             left = args.seconds - elapsed
             if args.steps is not None:
                 left = elapsed / done * (args.steps - done)
+            speed = done * args.population * args.length / elapsed
             print(
-                f"step {step:,}   bits/char: train {bits:.2f}, held-out {test_bits(params, windows):.2f}   "
-                f"{done * args.population * args.length / elapsed:,.0f} characters/s   "
-                f"{left:.0f} s left",
+                f"step {step:6,}   bits/char: members {bits:.2f}, "
+                f"held-out {test_bits(params, windows):.2f}   "
+                f"{speed / 1e6:.2f} million characters/s   {max(left, 0):.0f} s left",
                 flush=True,
             )
     save()
-    tokens = sample(params, key_sample, train[0], 300)
-    print("\n" + "".join(map(chr, alphabet[tokens])) + "\n")
+    written = alphabet[sample(params, key_sample, train[0], 300)]  # (300,)
+    sys.stdout.reconfigure(errors="replace")  # of characters that the terminal cannot show
+    print("\n" + "".join(map(chr, written)) + "\n")
     print(
         f"held-out {test_bits(params, windows):.2f} bits/char after {seconds:.0f} s "
         f"(unigram {unigram:.2f}, bigram {bigram:.2f})"

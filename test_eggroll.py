@@ -22,6 +22,7 @@ import eggroll
 from eggroll import Eggroll, LowRank, dense, normal, signs, standardize, uniform
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
 pytestmark = pytest.mark.filterwarnings("error")
 
 HERE = pathlib.Path(__file__).parent
@@ -36,6 +37,7 @@ PARAMS = {  # a matrix, a stack of matrices, a vector, a scalar
 }
 
 
+@jax.jit
 def wavy(params, x):
     """A fitness that uses every leaf, nonlinear in all: params as arrays, x (4,)."""
     h = x @ params["W"] + params["b"]  # (3,)
@@ -45,7 +47,8 @@ def wavy(params, x):
 
 def pair_noise(es, key, params, pairs):
     """E of every pair as float64 NumPy arrays (pairs, *shape), formed outside the class."""
-    noise = [es.noise(jax.random.fold_in(key, i), params) for i in range(pairs)]
+    draw = jax.jit(es.noise)
+    noise = [draw(jax.random.fold_in(key, i), params) for i in range(pairs)]
 
     def full(p, *members):
         f64 = [jax.tree.map(lambda x: np.asarray(x, np.float64), e) for e in members]
@@ -56,7 +59,8 @@ def pair_noise(es, key, params, pairs):
 
 def many_noises(es, params, count, key=KEY):
     """E of `count` pairs at once, (count, *shape), for the statistics."""
-    noise = jax.vmap(lambda i: es.noise(jax.random.fold_in(key, i), params))(jnp.arange(count))
+    draw = jax.jit(jax.vmap(lambda i: es.noise(jax.random.fold_in(key, i), params)))
+    noise = draw(jnp.arange(count))
     full = [
         np.asarray(e[0] @ e[1].mT if isinstance(e, tuple) else e, np.float64)
         for e in jax.tree.leaves(noise, is_leaf=lambda e: isinstance(e, tuple))
@@ -77,6 +81,14 @@ def close(actual, expected, ulps=64):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         assert a.shape == e.shape
         np.testing.assert_allclose(a, e, rtol=0, atol=ulps * 1.2e-7 * max(1e-30, np.abs(e).max()))
+
+
+@pytest.fixture
+def optimized():
+    """For tests of what XLA makes of the code."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 # Noise -------------------------------------------------------------------------------------------
@@ -187,27 +199,26 @@ def check(actual, expected, bound):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("r", [1, 3])
-def test_low_rank_multiplies_and_indexes_like_the_dense_matrix(r, transform, dtype):
+def test_low_rank_multiplies_and_indexes_like_the_dense_matrix(r, dtype):
     M = low_rank((5, 4), r, dtype)
     assert M.shape == (5, 4) and M.ndim == 2 and M.dtype == dtype and M.T.shape == (4, 5)
     W, A, B = (np.asarray(x, np.float64) for x in (M.W, M.A, M.B))
     D, bound = W + A @ B.T, np.abs(W) + np.abs(A) @ np.abs(B).T
-    check(transform(dense)(M), D, bound)
+    check(jax.jit(dense)(M), D, bound)
     for lead in (), (7,), (2, 7):
         x = normal(jax.random.key(1), (*lead, 5), dtype)
         y = np.asarray(x, np.float64)
-        check(transform(lambda x, M: x @ M)(x, M), y @ D, np.abs(y) @ bound)
+        check(jax.jit(lambda x, M: x @ M)(x, M), y @ D, np.abs(y) @ bound)
         x = normal(jax.random.key(1), (*lead, 4), dtype)
         y = np.asarray(x, np.float64)
-        check(transform(lambda x, M: x @ M.T)(x, M), y @ D.T, np.abs(y) @ bound.T)
+        check(jax.jit(lambda x, M: x @ M.T)(x, M), y @ D.T, np.abs(y) @ bound.T)
     for tail in (), (7,):
         x = normal(jax.random.key(1), (4, *tail), dtype)
         y = np.asarray(x, np.float64)
-        check(transform(lambda x, M: M @ x)(x, M), D @ y, bound @ np.abs(y))
+        check(jax.jit(lambda x, M: M @ x)(x, M), D @ y, bound @ np.abs(y))
     for i in 2, -1, np.int64(3), jnp.array(1), jnp.array([0, 4, 4]), np.array([[1, 2], [3, 0]]):
-        check(transform(lambda i, M: M[i])(i, M), D[np.asarray(i)], bound[np.asarray(i)])
+        check(jax.jit(lambda i, M: M[i])(i, M), D[np.asarray(i)], bound[np.asarray(i)])
 
 
 def test_numpy_arrays_multiply_a_low_rank_too():
@@ -325,8 +336,7 @@ def test_evaluate_is_a_loop_over_dense_members(name, rank):
 
     expected = np.array([[wavy(member(i, s), x[i]) for s in (0.3, -0.3)] for i in range(pairs)])
     assert np.ptp(expected) > 0.1  # the members differ
-    for evaluate in es.evaluate, jax.jit(es.evaluate, static_argnums=0):
-        close(evaluate(wavy, PARAMS, KEY, x), expected, ulps=300)
+    close(jax.jit(es.evaluate, static_argnums=0)(wavy, PARAMS, KEY, x), expected, ulps=300)
 
 
 def test_perturb_is_the_member_at_sigma_and_sign():
@@ -398,7 +408,6 @@ def test_gradient_is_the_weighted_sum_of_dense_noise(name, rank):
     expected = jax.tree.map(
         lambda e: (np.tensordot(f[:, 0], e, 1) - np.tensordot(f[:, 1], e, 1)) / (2 * pairs * 0.3), E
     )
-    close(es.gradient(PARAMS, KEY, f), expected)
     close(jax.jit(es.gradient)(PARAMS, KEY, f), expected)
 
 
@@ -507,21 +516,20 @@ def test_gradient_uses_the_noise_of_evaluate(rank, chunk):
     assert abs(jnp.vdot(C, other) - np.mean(CE**2)) > 0.01 * np.mean(CE**2)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 6, 7, 100])
 @pytest.mark.parametrize("rank", [2, None])
-def test_every_chunk_gives_the_same_answer(rank, chunk):
-    x = normal(jax.random.key(1), (7, 4))
-    whole, parts = Eggroll(0.3, rank, signs), Eggroll(0.3, rank, signs, chunk)
-    close(parts.evaluate(wavy, PARAMS, KEY, x), whole.evaluate(wavy, PARAMS, KEY, x), ulps=300)
-    f = normal(jax.random.key(2), (7, 2))
-    close(parts.gradient(PARAMS, KEY, f), whole.gradient(PARAMS, KEY, f))
-    step = jax.jit(Eggroll.step, static_argnames="fitness")
-    for a, b in zip(
-        jax.tree.leaves(step(parts, wavy, PARAMS, KEY, x, 0.1)),
-        jax.tree.leaves(step(whole, wavy, PARAMS, KEY, x, 0.1)),
-        strict=True,
-    ):
-        close(a, b, ulps=1000)
+def test_every_chunk_gives_the_same_answer(rank):
+    x, f = normal(jax.random.key(1), (7, 4)), normal(jax.random.key(2), (7, 2))
+    evaluate, gradient = jax.jit(Eggroll.evaluate, static_argnums=1), jax.jit(Eggroll.gradient)
+    step = jax.jit(Eggroll.step, static_argnums=1)
+    whole = Eggroll(0.3, rank, signs)
+    for chunk in 1, 3, 6, 7, 100:
+        parts = Eggroll(0.3, rank, signs, chunk)
+        a, b = (evaluate(es, wavy, PARAMS, KEY, x) for es in (parts, whole))
+        close(a, b, ulps=300)
+        close(gradient(parts, PARAMS, KEY, f), gradient(whole, PARAMS, KEY, f))
+    parts = Eggroll(0.3, rank, signs, 2)
+    (a, _), (b, _) = (step(es, wavy, PARAMS, KEY, x, 0.1) for es in (parts, whole))
+    close(a, b, ulps=1000)
 
 
 def test_bfloat16_parameters_with_an_update_in_float32():
@@ -531,7 +539,7 @@ def test_bfloat16_parameters_with_an_update_in_float32():
     for chunk in None, 512:
         es = Eggroll(0.5, 1, signs, chunk)
         f = jnp.stack([jnp.ones(pairs), jnp.zeros(pairs)], axis=-1)
-        g = es.gradient(params, KEY, f)
+        g = jax.jit(es.gradient)(params, KEY, f)
         assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(g))
         E = many_noises(es, params, pairs)
         expected = jax.tree.map(lambda e: e.sum(axis=0) / (2 * pairs * 0.5), E)
@@ -541,7 +549,7 @@ def test_bfloat16_parameters_with_an_update_in_float32():
             expected,
         )
         constant = Eggroll(0.5, 1, lambda key, shape, dtype: jnp.ones(shape, dtype), chunk)
-        g = constant.gradient(params, KEY, f)
+        g = jax.jit(constant.gradient)(params, KEY, f)
         assert all((x == 1.0).all() for x in jax.tree.leaves(g))  # Σ 1 / (2 · 4096 · 0.5)
     new, scores = jax.jit(es.step, static_argnums=0)(
         wavy, params, KEY, jnp.ones((8, 4), jnp.bfloat16), 0.1
@@ -603,27 +611,28 @@ def test_where_nothing_can_be_told_apart_nothing_is_learnt():
 
 def test_step_survives_members_that_are_not_finite():
     es = Eggroll(1.0, 1, normal)
-    params, scores = es.step(lambda p, x: jnp.log(p["b"][0] * x), PARAMS, KEY, jnp.ones(64), 0.1)
+    step = jax.jit(es.step, static_argnums=0)
+    params, scores = step(lambda p, x: jnp.log(p["b"][0] * x), PARAMS, KEY, jnp.ones(64), 0.1)
     assert 0 < np.isfinite(scores).sum() < scores.size
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(params))
 
 
-def test_step_is_evaluate_standardize_gradient_and_plain_ascent():
+def test_step_is_evaluate_standardize_gradient_and_plain_ascent(optimized):
     es, x = Eggroll(0.3, 2, uniform), normal(jax.random.key(1), (9, 4))
     params, scores = jax.jit(es.step, static_argnames="fitness")(wavy, PARAMS, KEY, x, lr=0.5)
-    f = np.asarray(es.evaluate(wavy, PARAMS, KEY, x), np.float64)
+    f = np.asarray(jax.jit(es.evaluate, static_argnums=0)(wavy, PARAMS, KEY, x), np.float64)
     close(scores, f, ulps=300)
-    g = es.gradient(PARAMS, KEY, (f - f.mean()) / f.std())
+    g = jax.jit(es.gradient)(PARAMS, KEY, (f - f.mean()) / f.std())
     close(params, jax.tree.map(lambda p, g: p + 0.5 * g, PARAMS, g), ulps=1000)
 
 
 def test_sigma_may_be_traced_scheduled_and_batched():
     x = normal(jax.random.key(1), (5, 4))
-    evaluate = jax.jit(Eggroll.evaluate, static_argnames="fitness")
-    sweep = jax.vmap(lambda sigma: Eggroll(sigma, 2).evaluate(wavy, PARAMS, KEY, x))
+    evaluate = jax.jit(lambda es, x: es.evaluate(wavy, PARAMS, KEY, x))
+    sweep = jax.jit(jax.vmap(lambda sigma: Eggroll(sigma, 2).evaluate(wavy, PARAMS, KEY, x)))
     for sigma, row in zip((0.1, 0.4), sweep(jnp.array([0.1, 0.4])), strict=True):
-        close(evaluate(Eggroll(sigma, 2), wavy, PARAMS, KEY, x), row, ulps=300)
-        close(evaluate(Eggroll(jnp.float32(sigma), 2), wavy, PARAMS, KEY, x), row, ulps=300)
+        close(evaluate(Eggroll(sigma, 2), x), row, ulps=300)
+        close(evaluate(Eggroll(jnp.float32(sigma), 2), x), row, ulps=300)
     assert evaluate._cache_size() == 2  # a weak and a strong float32: not one for each value
 
 
@@ -710,7 +719,7 @@ def largest_array(compiled):
     return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
 
 
-def test_nothing_of_the_size_of_a_perturbed_matrix_per_member_exists():
+def test_nothing_of_the_size_of_a_perturbed_matrix_per_member_exists(optimized):
     pairs, width = 128, 64
     compiled = compiled_step(None, signs, pairs, width)
     assert largest_array(compiled) <= 4 * pairs * width  # far below pairs · width²
@@ -721,7 +730,7 @@ def test_nothing_of_the_size_of_a_perturbed_matrix_per_member_exists():
 
 
 @pytest.mark.parametrize("draw", [signs, normal, uniform])
-def test_a_step_draws_its_noise_once(draw):
+def test_a_step_draws_its_noise_once(draw, optimized):
     """Random bits come from loops of threefry; a second draw would add to them, as in chunks."""
 
     def loops(compiled):
@@ -735,7 +744,7 @@ def test_a_step_draws_its_noise_once(draw):
     assert loops(compiled_step(64, draw)) > loops(alone)
 
 
-def test_chunks_bound_memory():
+def test_chunks_bound_memory(optimized):
     """Four times the population in chunks of the same size needs hardly more memory."""
     small, large = compiled_step(64, pairs=256), compiled_step(64, pairs=1024)
     whole = compiled_step(None, pairs=1024)
@@ -802,12 +811,13 @@ def test_the_rnn_remembers():
 def test_members_of_the_rnn_are_those_with_dense_weights():
     es, params = Eggroll(0.2, 2, normal), rnn_params()
     text = jax.random.randint(jax.random.key(2), (3, 9), 0, 5)
-    scores = es.evaluate(eggroll.bits_per_char, params, KEY, text)
+    bits = jax.jit(eggroll.bits_per_char)
+    scores = jax.jit(es.evaluate, static_argnums=0)(bits, params, KEY, text)
     E = pair_noise(es, KEY, params, 3)
     for i in range(3):
         for column, scale in enumerate((0.2, -0.2)):
             member = {name: params[name] + scale * E[name][i] for name in params}
-            close(scores[i, column], eggroll.bits_per_char(member, text[i]), ulps=100)
+            close(scores[i, column], bits(member, text[i]), ulps=100)
 
 
 def test_sample_follows_the_distribution_of_the_model():

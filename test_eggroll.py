@@ -5,6 +5,7 @@ sample itself: at 5 a correct program fails one comparison in a million, whateve
 """
 
 import itertools
+import math
 import pathlib
 import re
 import signal
@@ -12,11 +13,14 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from scipy import integrate, special, stats
 
 import eggroll
 from eggroll import Eggroll, LowRank, dense, normal, signs, standardize, uniform
@@ -436,63 +440,6 @@ def test_gradient_of_a_linear_fitness_is_jax_grad_with_the_predicted_variance(na
     assert_mean(((g - np.asarray(C)) ** 2).sum(axis=(1, 2)), C2 * (second - 1) / pairs)
 
 
-def characteristic_function(omega, rank, name):
-    """φ_r(ω) = E exp(i⟨ω, E⟩), ω (m, 2): φ₁(ω/√r)^r, with φ₁(ω) = E_b Πᵢ ψ((ω b)ᵢ), b (2,).
-
-    ψ is that of an entry of A. The mean over b is a sum for signs, else Gaussian quadrature.
-    """
-    x, w = np.polynomial.legendre.leggauss(40)
-    z, v = np.polynomial.hermite_e.hermegauss(60)
-    nodes, weights, psi = {
-        "normal": (z, v / v.sum(), lambda t: np.exp(-(t**2) / 2)),
-        "uniform": (np.sqrt(3) * x, w / 2, lambda t: np.sinc(np.sqrt(3) * t / np.pi)),
-        "signs": (np.array([-1.0, 1.0]), np.array([0.5, 0.5]), np.cos),
-    }[name]
-    b = np.stack(np.meshgrid(nodes, nodes), axis=-1)  # (nodes, nodes, 2)
-    return (weights @ psi(b @ omega.T / np.sqrt(rank)).prod(axis=-1) @ weights) ** rank
-
-
-def test_characteristic_function_of_normal_factors_is_a_determinant():
-    omega = np.array([[1.0, -0.5], [0.25, 0.75], [-0.5, 0.5]])
-    for r in 1, 2, 8:
-        expected = np.linalg.det(np.eye(3) + omega @ omega.T / r) ** (-r / 2)
-        np.testing.assert_allclose(characteristic_function(omega, r, "normal"), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("rank", [1, 2, 8])
-def test_gradient_of_a_wave_is_its_closed_form(name, rank):
-    """f(M) = sin⟨Ω, M⟩ at 0: g = -∇φ_r(σΩ)/σ, which differs from rank to rank and draw to draw."""
-    sigma, pairs = 0.5, 1024
-    Omega = np.array([[2.0, -1.0], [0.5, 1.5], [-1.0, 1.0]])
-    es, params = Eggroll(sigma, rank, DRAWS[name]), jnp.zeros((3, 2))
-
-    def fitness(M, _):
-        return jnp.sin(jnp.trace(M @ Omega.T))
-
-    @jax.jit
-    @jax.vmap
-    def estimate(key):
-        return es.gradient(params, key, es.evaluate(fitness, params, key, jnp.zeros(pairs)))
-
-    g = np.asarray(estimate(jax.random.split(jax.random.key(1), 400)))
-
-    def exact(rank, h=1e-5):
-        def slope(e):  # of φ_r at σΩ in the direction e
-            ahead, behind = sigma * Omega + h * e, sigma * Omega - h * e
-            rise = characteristic_function(ahead, rank, name)
-            return (rise - characteristic_function(behind, rank, name)) / (2 * h)
-
-        return -np.reshape([slope(e) for e in np.eye(6).reshape(6, 3, 2)], (3, 2)) / sigma
-
-    assert_mean(g, exact(rank), tolerance=6)
-    # and the test can tell: the answers of other ranks and of full rank are far away
-    error = np.linalg.norm(g.std(axis=0)) / np.sqrt(len(g))
-    full_rank = np.exp(-(sigma**2) * (Omega**2).sum() / 2) * Omega
-    for other in [full_rank] + [exact(r) for r in (1, 2, 8) if r != rank]:
-        assert np.linalg.norm(exact(rank) - other) > 10 * error
-
-
 @pytest.mark.parametrize("rank, pairs", [(1, 2), (1, 5), (2, 2), (2, 5), (1, 20), (None, 1)])
 def test_rank_of_the_update_is_pairs_times_r_up_to_full(rank, pairs):
     es = Eggroll(0.1, rank, normal)
@@ -752,6 +699,742 @@ def test_chunks_bound_memory(optimized):
     assert memory[1] < 1.5 * memory[0] and memory[1] < memory[2] / 4
 
 
+# The formulas of theory/: laws of the entries, exact means ----------------------------------------
+
+# A law of the entries is (values, probabilities): exact for two points, else a Gauss rule.
+
+
+def gauss(rule, points, scale=1.0):
+    x, w = rule(points)
+    return scale * x, w / w.sum()
+
+
+def two_points(p):
+    """Zero mean, unit variance, skewness (1 - 2p)/√(p(1 - p))."""
+    return np.array([math.sqrt((1 - p) / p), -math.sqrt(p / (1 - p))]), np.array([p, 1 - p])
+
+
+NORMAL = gauss(np.polynomial.hermite_e.hermegauss, 28)
+UNIFORM = gauss(np.polynomial.legendre.leggauss, 24, math.sqrt(3))
+SIGNS, SKEWED = two_points(0.5), two_points(0.2)
+LAWS = {"normal": NORMAL, "uniform": UNIFORM, "signs": SIGNS}
+# Three points make a Gauss rule exact for moments up to the fifth, seven up to the thirteenth.
+NORMAL3 = gauss(np.polynomial.hermite_e.hermegauss, 3)
+UNIFORM3 = gauss(np.polynomial.legendre.leggauss, 3, math.sqrt(3))
+LAWS3 = {"normal": NORMAL3, "uniform": UNIFORM3, "signs": SIGNS}
+every_law = pytest.mark.parametrize("law", LAWS)
+
+
+def moment(law, s):
+    return law[1] @ law[0] ** s
+
+
+def grid(law, size):
+    """All values of `size` independent entries, (points, size), and their probabilities."""
+    values = np.array(list(itertools.product(law[0], repeat=size)))
+    return values, np.array(list(itertools.product(law[1], repeat=size))).prod(1)
+
+
+def enumerate_noise(m, n, r, law_a, law_b):
+    """All values of E = A Bᵀ/√r, (points, m, n), and their probabilities."""
+    A, p = grid(law_a, m * r)
+    B, q = grid(law_b, n * r)
+    E = np.einsum("amr,bnr->abmn", A.reshape(-1, m, r), B.reshape(-1, n, r)) / math.sqrt(r)
+    return E.reshape(-1, m, n), np.outer(p, q).ravel()
+
+
+def phi(omega, r, law_a, law_b=None):
+    """φ_r(ω) and ∇φ_r(ω); for normal factors in closed form, see test_wave_closed_form."""
+    if law_a is NORMAL:
+        matrix = np.eye(len(omega)) + omega @ omega.T / r
+        value = np.linalg.det(matrix) ** (-r / 2) + 0j
+        return value, -value * np.linalg.solve(matrix, omega)
+    return phi_sum(omega, r, law_a, law_b)
+
+
+def phi_sum(omega, r, law_a, law_b=None):
+    """φ_r(ω) and ∇φ_r(ω): φ_r(ω) = φ_1(ω/√r)^r and φ_1(t) = E_b Πᵢ ψ(yᵢ), y = t b."""
+    t = omega / math.sqrt(r)
+    b, q = grid(law_b or law_a, omega.shape[1])  # (points, n)
+    waves = np.exp(1j * (b @ t.T)[..., None] * law_a[0])  # (points, m, values)
+    psi, dpsi = waves @ law_a[1], waves @ (1j * law_a[0] * law_a[1])  # (points, m)
+    phi_1 = q @ psi.prod(1)
+    rows = [(q * dpsi[:, i] * np.delete(psi, i, 1).prod(1)) @ b for i in range(len(t))]
+    return phi_1**r, math.sqrt(r) * phi_1 ** (r - 1) * np.array(rows)
+
+
+def fourth_cumulant(omega, k_a, k_b=None):
+    """K₄ and ∇K₄ of page 3, with a kurtosis for either factor."""
+    k_b = k_a if k_b is None else k_b
+    G = omega @ omega.T
+    rho, c = (omega**2).sum(1), (omega**2).sum(0)
+    K = 6 * np.sum(G**2) + 3 * (k_a - 3) * np.sum(rho**2) + 3 * (k_b - 3) * np.sum(c**2)
+    K += (k_a - 3) * (k_b - 3) * np.sum(omega**4)
+    gradient = 24 * G @ omega + 4 * (k_a - 3) * (k_b - 3) * omega**3
+    gradient += 12 * ((k_a - 3) * rho[:, None] + (k_b - 3) * c[None]) * omega
+    return K, gradient
+
+
+def wave_of_norm(norm, shape=(3, 3), seed=0):
+    omega = np.random.default_rng(seed).normal(size=shape)
+    return omega * norm / np.linalg.norm(omega)
+
+
+def normal_limit(omega):
+    """φ_∞ and ∇φ_∞."""
+    value = math.exp(-np.sum(omega**2) / 2)
+    return value, -value * omega
+
+
+def slopes(ranks, errors):
+    return np.diff(np.log(errors)) / np.diff(np.log(ranks))
+
+
+def numerical_gradient(f, x, h=1e-5):
+    steps = h * np.eye(x.size).reshape(-1, *x.shape)
+    return np.array([(f(x + d) - f(x - d)) / (2 * h) for d in steps]).reshape(x.shape)
+
+
+def estimates(es, fitness, params, pairs, batches=64, one_sided=False):
+    """Independent gradients of the project's own code, (batches, *params.shape).
+
+    one_sided makes it (batches, 2, *params.shape): from pairs, and from the members +E alone.
+    """
+
+    def one(key):
+        f = es.evaluate(lambda p, _: fitness(p), params, key, jnp.zeros(pairs))
+        if not one_sided:
+            return es.gradient(params, key, f)
+        alone = jnp.stack([2 * f[:, 0], jnp.zeros(pairs)], -1)
+        return jax.vmap(lambda f: es.gradient(params, key, f))(jnp.stack([f, alone]))
+
+    keys = jax.random.split(KEY, batches)
+    return np.asarray(jax.jit(lambda keys: jax.lax.map(one, keys))(keys), np.float64)
+
+
+# theory/1-gradient.md ------------------------------------------------------------
+
+
+def test_sign_of_the_score():
+    """Page 1: ∇J = +E[E f(θ + σE)]/σ, against a numerical derivative of J, for a fitness."""
+    E, p = grid(gauss(np.polynomial.hermite_e.hermegauss, 24), 2)
+    sigma, theta = 0.6, np.array([0.3, -0.5])
+
+    def f(x):
+        return np.sin(x[..., 0] - 2 * x[..., 1]) + x[..., 0] ** 3
+
+    g = (p * f(theta + sigma * E)) @ E / sigma
+    np.testing.assert_allclose(
+        g, numerical_gradient(lambda t: p @ f(t + sigma * E), theta), atol=1e-8
+    )
+    x = 0.3 + sigma * E  # the derivative of log π at θ is (x - θ)/σ²
+    log_pi = stats.norm(loc=0.3 + np.array([-1e-5, 1e-5])[:, None, None], scale=sigma).logpdf(x)
+    np.testing.assert_allclose((log_pi[1] - log_pi[0]) / 2e-5, E / sigma, atol=1e-6)
+
+
+def test_smoothing():
+    """Page 1: J of a quadratic is f + σ² tr H/2, ∇J = ∇f = E∇f; J of a step is an erf."""
+    E, p = grid(NORMAL3, 2)
+    sigma, theta, c = 0.6, np.array([0.3, -0.5]), np.array([1.0, -2.0])
+    H = np.array([[1.0, 0.4], [0.4, -3.0]])
+
+    def f(x):
+        return x @ c + np.einsum("...i,ij,...j", x, H, x) / 2
+
+    assert p @ f(theta + sigma * E) == pytest.approx(f(theta) + sigma**2 / 2 * np.trace(H))
+    np.testing.assert_allclose((p * f(theta + sigma * E)) @ E / sigma, c + H @ theta)
+    np.testing.assert_allclose(p @ (c + (theta + sigma * E) @ H), c + H @ theta)
+    for x in -0.7, 0.1:
+        J = 1 - 2 * stats.norm.cdf(-x / sigma)  # P(x + σE > 0) - P(x + σE < 0)
+        assert J == pytest.approx(special.erf(x / (sigma * math.sqrt(2))))
+        slope = special.erf((x + 1e-5) / sigma / 2**0.5) - special.erf((x - 1e-5) / sigma / 2**0.5)
+        assert slope / 2e-5 == pytest.approx(2 / sigma * stats.norm.pdf(x / sigma))
+
+
+def test_gradient_of_a_step():
+    """Page 1: the code's gradient of sign(x) is (2/σ) φ(θ/σ), where f has derivative zero."""
+    theta, sigma = jnp.array([0.3]), 0.6
+    g = estimates(Eggroll(sigma, None), lambda x: jnp.sign(x[0]), theta, pairs=256)
+    assert_mean(g, 2 / sigma * stats.norm.pdf(0.3 / sigma))
+
+
+def test_pair_sees_the_odd_part():
+    """Page 1: the even part of the fitness, so also any baseline, leaves the update as it is."""
+    es, W, key = Eggroll(0.5), jnp.zeros((3, 2)), KEY
+
+    def fitness(M, weight):
+        odd = jnp.sum(jnp.arange(1.0, 4.0) @ M)
+        return odd + weight * (jnp.cos(jnp.sum(jnp.ones(3) @ M)) + 5)
+
+    @jax.jit
+    def g(weight):
+        return es.gradient(W, key, es.evaluate(fitness, W, key, jnp.full(8, weight)))
+
+    # float32 rounding of fitnesses below 20 over σ = 0.5 and |E| below 10
+    np.testing.assert_allclose(g(1.0), g(0.0), rtol=1e-4, atol=1e-4)
+
+
+def test_variance_of_pairs():
+    """Page 1: the variance of N = 2 members, independent and paired, by enumerating both."""
+    E, p = enumerate_noise(2, 2, 1, SIGNS, SIGNS)
+    E, sigma = E.reshape(-1, 4), 0.7
+    C = np.array([0.4, -1.0, 0.3, 0.8])
+    for offset in 0.0, 3.0:
+
+        def f(x, offset=offset):
+            return np.sin(x @ C) + 0.5 * (x @ C) ** 2 + offset
+
+        up, down = f(0.2 + sigma * E), f(0.2 - sigma * E)
+        g = (p * up) @ E / sigma
+        S_o = p @ ((E**2).sum(1) * ((up - down) / 2) ** 2)
+        S_e = p @ ((E**2).sum(1) * ((up + down) / 2) ** 2)
+        one, pair = up[:, None] * E / sigma, (up - down)[:, None] * E / (2 * sigma)
+        two = (one[:, None] + one[None]) / 2  # two independent members, all their outcomes
+        independent = np.einsum("a,b,abi->", p, p, (two - g) ** 2)
+        paired = np.einsum("a,ai->", p, (pair - g) ** 2)
+        assert independent == pytest.approx(((S_o + S_e) / sigma**2 - g @ g) / 2)
+        assert paired == pytest.approx(S_o / sigma**2 - g @ g)
+        assert (paired < independent) == (S_e > S_o - sigma**2 * g @ g)
+        f_e = (up + down) / 2
+        more = p @ ((E**2).sum(1) * (f_e + 2) ** 2) - S_e
+        assert more == pytest.approx(p @ ((E**2).sum(1) * (4 + 4 * f_e)))
+
+
+def test_best_baseline():
+    """Page 1: E‖E‖²(f - β)² is least at β = E[‖E‖² f]/E‖E‖², which is E f if ‖E‖² is constant."""
+    for law, constant in (NORMAL3, False), (SIGNS, True):
+        E, p = grid(law, 3)
+        f, square = np.exp(E @ np.array([0.3, -0.2, 0.5])), (E**2).sum(1)
+        best = p @ (square * f) / (p @ square)
+        cost = [p @ (square * (f - best - d) ** 2) for d in (-1e-3, 0, 1e-3)]
+        assert cost[1] < min(cost[0], cost[2])
+        assert (abs(best - p @ f) < 1e-12) == constant
+
+
+def test_standardized_update():
+    """Page 1: the update is ĝ/s, the same for f and λf + c; a single pair counts as +1 and -1."""
+    key = KEY
+    update = jax.jit(lambda f: Eggroll(0.5).gradient(jnp.zeros((3, 2)), key, f))
+    f = np.random.default_rng(0).normal(size=(16, 2))
+    g = update(standardize(f))
+    np.testing.assert_allclose(g, update(f) / f.std(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(g, update(standardize(7 * f + 3)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(standardize(jnp.array([[0.2, 0.9]])), [[-1, 1]], rtol=1e-6)
+
+
+# theory/2-low-rank-noise.md ------------------------------------------------------------
+
+
+@every_law
+@pytest.mark.parametrize("r", [1, 2])
+def test_moments_of_the_noise(law, r):
+    """Page 2: covariance I, E Eᵢⱼ⁴ = 3 + (k² - 3)/r, rectangles of mean 1/r, at every rank."""
+    law = LAWS3[law]
+    E, p = enumerate_noise(2, 2, r, law, law)
+    flat, k = E.reshape(-1, 4), moment(law, 4)
+    np.testing.assert_allclose(p @ flat, 0, atol=1e-12)
+    np.testing.assert_allclose(flat.T @ (p[:, None] * flat), np.eye(4), atol=1e-12)
+    np.testing.assert_allclose(p @ flat**4, 3 + (k**2 - 3) / r)
+    assert p @ flat.prod(1) == pytest.approx(1 / r)
+
+
+def density(z, r):
+    """Page 2: the density of one entry of E for normal factors."""
+    x, nu = math.sqrt(r) * np.abs(z), (r - 1) / 2
+    return math.sqrt(r / math.pi) / special.gamma(r / 2) * (x / 2) ** nu * special.kv(nu, x)
+
+
+@pytest.mark.parametrize("r", [1, 2, 10])
+def test_marginal_density(r):
+    """Page 2 (Theorem 4, Fig. 3): (1 + ω²/r)^(-r/2), its density, and the entries of the code."""
+
+    def mean(f):  # over z > 0, substituting z = u² for the logarithm at zero
+        return 2 * integrate.quad(lambda u: f(u * u) * density(u * u, r) * 2 * u, 0, 7)[0]
+
+    assert mean(lambda z: 1) == pytest.approx(1, abs=1e-7)
+    z = np.array([0.1, 1.0, 3.0])
+    if r == 1:
+        np.testing.assert_allclose(density(z, r), special.k0(z) / math.pi)
+    if r == 2:
+        np.testing.assert_allclose(density(z, r), np.exp(-math.sqrt(2) * z) / math.sqrt(2))
+    keys = jax.random.split(KEY, 20_000)
+
+    def entries(draw):
+        noise = jax.vmap(lambda key: Eggroll(1.0, r, draw).noise(key, jnp.zeros((1, 1))))
+        A, B = (np.asarray(x, float) for x in jax.jit(noise)(keys))
+        return (A @ B.mT).ravel()
+
+    drawn = entries(normal)
+    for omega in 0.5, 1.5, 4.0:
+        exact = (1 + omega**2 / r) ** (-r / 2)
+        given_b = integrate.quad(
+            lambda b, w=omega: math.exp(-((w * b) ** 2) / (2 * r)) * stats.norm.pdf(b), -9, 9
+        )
+        assert given_b[0] ** r == pytest.approx(exact, abs=1e-6)
+        assert mean(lambda z, omega=omega: math.cos(omega * z)) == pytest.approx(exact, abs=1e-6)
+        assert_mean(np.cos(omega * drawn), exact)
+    points = (2 * np.arange(r + 1) - r) / math.sqrt(r)  # with signs: binomial on these points
+    hits = np.isclose(entries(signs)[:, None], points, atol=1e-5)
+    assert np.all(hits.sum(1) == 1)
+    assert_mean(hits.astype(float), stats.binom.pmf(np.arange(r + 1), r, 0.5))
+
+
+@every_law
+def test_no_gradient_of_its_own(law):
+    """Page 2: at finite rank E[E f]/σ is not the gradient φ_r Ω of E f(θ + σE) with the same E."""
+    law, sigma, r = LAWS[law], 0.8, 2
+    Omega = wave_of_norm(1.5, (2, 2))
+    value, slope = phi(sigma * Omega, r, law)
+    if law is SIGNS:  # small enough to enumerate: both gradients from their definitions
+        E, p = enumerate_noise(2, 2, 2, law, law)
+        wave = np.tensordot(E, sigma * Omega, 2)
+        np.testing.assert_allclose(p @ np.cos(wave), value.real)
+        np.testing.assert_allclose(np.tensordot(p * np.sin(wave), E, 1), -slope.real, atol=1e-12)
+    if law is NORMAL:
+        g = np.linalg.solve(np.eye(2) + sigma**2 * Omega @ Omega.T / r, value.real * Omega)
+        np.testing.assert_allclose(-slope.real / sigma, g, atol=1e-6)
+    assert np.linalg.norm(-slope.real / sigma - value.real * Omega) > 0.05
+
+
+@every_law
+@pytest.mark.parametrize("r", [1, 2])
+def test_exact_to_degree_two(law, r):
+    """Page 2: for a polynomial of degree two g_r = ∇f at every rank; page 4: so for linear f."""
+    E, p = enumerate_noise(2, 2, r, LAWS3[law], LAWS3[law])
+    C, H, sigma = wave_of_norm(1.0, (2, 2)), wave_of_norm(1.0, (4, 4), 1), 0.7
+    flat = sigma * E.reshape(-1, 4)
+    f = 3 + flat @ C.ravel() + np.einsum("si,ij,sj->s", flat, H, flat)
+    np.testing.assert_allclose(np.tensordot(p * f, E, 1) / sigma, C, atol=1e-12)
+
+
+# theory/3-convergence.md ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [1, 2, 7])
+def test_wave_closed_form(r):
+    """Page 3: normal factors have φ_r = det(I + G/r)^(-r/2) and g_r = φ_r (I + G/r)⁻¹ Ω."""
+    omega = wave_of_norm(1.8)
+    value, slope = phi_sum(omega, r, NORMAL)
+    matrix = np.eye(3) + omega @ omega.T / r
+    exact = np.linalg.det(matrix) ** (-r / 2)
+    assert value == pytest.approx(exact, abs=1e-7)
+    np.testing.assert_allclose(-slope, exact * np.linalg.solve(matrix, omega), atol=1e-6)
+    for law in LAWS.values():
+        value, slope = phi(omega, r, law)
+        numeric = numerical_gradient(lambda w, law=law: phi(w, r, law)[0].real, omega)
+        np.testing.assert_allclose(slope, numeric, atol=1e-8)
+
+
+def test_characteristic_function_by_enumeration():
+    """Page 3: φ_r(ω) = φ_1(ω/√r)^r and φ_1 = E_b Πᵢ ψ(yᵢ), against E cos⟨ω, E⟩ for signs."""
+    omega = wave_of_norm(1.8, (2, 3))
+    for r in 1, 2:
+        E, p = enumerate_noise(2, 3, r, SIGNS, SIGNS)
+        wave = np.tensordot(E, omega, 2)
+        value, slope = phi(omega, r, SIGNS)
+        assert value == pytest.approx(p @ np.exp(1j * wave))
+        np.testing.assert_allclose(-slope, np.tensordot(p * np.sin(wave), E, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("r", [1, 2, 8])
+def test_code_lands_on_the_wave(draw, r):
+    """Page 3: the mean of Eggroll.gradient on sin⟨Ω, M⟩ is g_r = -∇φ_r/σ."""
+    sigma, omega = 0.5, wave_of_norm(1.5)
+    Omega = jnp.asarray(omega / sigma, jnp.float32)
+
+    def wave(M):  # Σᵢ Ωᵢ·(eᵢ M), a function of M that only multiplies
+        return jnp.sin(jnp.sum(Omega * (jnp.eye(3) @ M)))
+
+    def exact(r):
+        return -phi(omega, r, LAWS[draw])[1].real / sigma
+
+    g = estimates(Eggroll(sigma, r, DRAWS[draw]), wave, jnp.zeros((3, 3)), 4096)
+    assert_mean(g, exact(r))
+    # and this can tell ranks 1, 2 and 8 from each other and from full rank
+    error = np.linalg.norm(g.std(axis=0)) / math.sqrt(len(g))
+    others = [exact(q) for q in (1, 2, 8) if q != r] + [-normal_limit(omega)[1] / sigma]
+    assert min(np.linalg.norm(exact(r) - other) for other in others) > 5 * error
+
+
+@pytest.mark.parametrize("law", [*LAWS, "skewed a"])
+def test_bound_for_every_draw(law):
+    """Page 3: ‖g_r - g_∞‖ ≤ (M₄ + 3)/(σr) (‖ω‖³/6 + ‖ω‖⁵/24), and its steps, at every rank."""
+    law_a, law_b = (SKEWED, SIGNS) if law == "skewed a" else (LAWS[law],) * 2
+    M = max(3, moment(law_a, 4), moment(law_b, 4)) ** 2
+    for norm, shape in itertools.product((0.1, 0.5, 1, 2, 4), ((1, 1), (3, 2), (2, 3))):
+        omega = wave_of_norm(norm, shape, seed=int(10 * norm))
+        limit, limit_slope = normal_limit(omega)
+        for r in 1, 2, 16, 256:
+            value, slope = phi(omega, r, law_a, law_b)
+            assert abs(value - limit) <= (M + 3) / r * norm**4 / 24 + 1e-9
+            error = np.linalg.norm(slope - limit_slope)
+            assert error <= (M + 3) / r * (norm**3 / 6 + norm**5 / 24) + 1e-9
+
+
+@every_law
+@pytest.mark.parametrize("r", [1, 2])
+def test_superposition_of_waves(law, r):
+    """Page 3: the bound for a bump exp(-‖M‖²/2), a mixture of waves with Ω normal, away from 0."""
+    rule = {
+        "normal": gauss(np.polynomial.hermite_e.hermegauss, 5),
+        "uniform": gauss(np.polynomial.legendre.leggauss, 5, math.sqrt(3)),
+        "signs": SIGNS,
+    }[law]
+    d = 4 if r == 1 else 1  # 2×2 at rank one, 1×1 at rank two: small enough for a grid
+    side = math.isqrt(d)
+    E, p = enumerate_noise(side, side, r, rule, rule)
+    theta = np.linspace(-0.4, 0.9, d)
+    for sigma in 0.1, 0.4:
+        f = np.exp(-((theta + sigma * E.reshape(-1, d)) ** 2).sum(1) / 2)
+        g_r = (p * f) @ E.reshape(-1, d) / sigma
+        width = 1 + sigma**2  # the bump smoothed by a Gaussian is a wider, lower bump
+        g = -theta / width * width ** (-d / 2) * math.exp(-theta @ theta / (2 * width))
+        third, fifth = (
+            2 ** (s / 2) * special.gamma((d + s) / 2) / special.gamma(d / 2) for s in (3, 5)
+        )  # E‖Ω‖³, E‖Ω‖⁵
+        bound = 12 / r * (sigma**2 * third / 6 + sigma**4 * fifth / 24)
+        assert 0 < np.linalg.norm(g_r - g) <= bound
+
+
+@pytest.mark.parametrize(
+    "laws", [(NORMAL3,) * 2, (UNIFORM3,) * 2, (SIGNS,) * 2, (SKEWED, UNIFORM3)]
+)
+def test_fourth_cumulant(laws):
+    """Page 3: K₄, ∇K₄, K₃ = κ_A κ_B Σω³ and E X⁴ ≤ M₄‖ω‖⁴, for X = ⟨ω, abᵀ⟩, exactly."""
+    omega = wave_of_norm(1.3, (2, 3))
+    E, p = enumerate_noise(2, 3, 1, *laws)
+    k = [moment(law, 4) for law in laws]
+
+    def cumulant(w):
+        X = np.tensordot(E, w, 2)
+        return p @ X**4 - 3 * (p @ X**2) ** 2
+
+    K, gradient = fourth_cumulant(omega, *k)
+    assert cumulant(omega) == pytest.approx(K)
+    np.testing.assert_allclose(numerical_gradient(cumulant, omega), gradient, atol=1e-7)
+    X = np.tensordot(E, omega, 2)
+    assert p @ X**4 <= max(3, *k) ** 2 * 1.3**4
+    for first, second in itertools.product((SKEWED, SIGNS), repeat=2):
+        E, p = enumerate_noise(2, 3, 1, first, second)
+        K3 = moment(first, 3) * moment(second, 3) * np.sum(omega**3)
+        assert p @ np.tensordot(E, omega, 2) ** 3 == pytest.approx(K3, abs=1e-12)
+
+
+def extrapolated(f, r):
+    """The limit of f(r) = limit + O(1/r) up to O(1/r²)."""
+    return 2 * f(2 * r) - f(r)
+
+
+@every_law
+def test_constant_of_the_error(law):
+    """Page 3: r(φ_r - φ_∞) → φ_∞K₄/24 and r(g_r - g_∞) → φ_∞(K₄ω - ∇K₄)/(24σ)."""
+    for norm in 1.0, 1.8:
+        omega = wave_of_norm(norm)
+        limit, limit_slope = normal_limit(omega)
+        K, gradient = fourth_cumulant(omega, moment(LAWS[law], 4))
+
+        def error(r, i, omega=omega, limits=(limit, limit_slope)):
+            return r * (phi(omega, r, LAWS[law])[i].real - limits[i])
+
+        assert extrapolated(lambda r: error(r, 0), 512) == pytest.approx(limit * K / 24, rel=1e-4)
+        leading = limit / 24 * (K * omega - gradient)  # σ(g_r - g_∞) = -(∇φ_r - ∇φ_∞)
+        got = -extrapolated(lambda r: error(r, 1), 512)
+        assert np.linalg.norm(got - leading) < 1e-4 * np.linalg.norm(leading)
+        along = np.sum(omega * (K * omega - gradient))
+        assert along == pytest.approx((norm**2 - 4) * K)
+
+
+@every_law
+def test_cubic_fitness(law):
+    """Page 3: for a cubic fitness the error of g_r is D/r exactly, at r = 1 already."""
+    T, errors = np.random.default_rng(1).normal(size=(4, 4, 4)), []
+    for r in 1, 2:
+        E, p = enumerate_noise(2, 2, r, LAWS3[law], LAWS3[law])
+        x = E.reshape(-1, 4)
+        errors.append((p * np.einsum("ijk,si,sj,sk->s", T, x, x, x)) @ x)
+    dense = sum(np.einsum(s, T) for s in ("ijj->i", "jij->i", "jji->i"))  # g_∞, by Wick's theorem
+    np.testing.assert_allclose(errors[0] - dense, 2 * (errors[1] - dense), atol=1e-10)
+    assert np.linalg.norm(errors[0] - dense) > 0.1
+
+
+def wave_error(omega, r, law_a, law_b=None, c=0.0, paired=True):
+    """σ‖g_r - g_∞‖ for sin(⟨Ω, M⟩ + c), from pairs or from members +E alone."""
+    slope = phi(omega, r, law_a, law_b)[1]
+    g = -math.cos(c) * slope.real + (0 if paired else math.sin(c)) * slope.imag
+    return np.linalg.norm(g + math.cos(c) * normal_limit(omega)[1])
+
+
+def test_slope_from_both_sides():
+    """Page 3: the exact slopes of a random 3×3 wave; -1 is their limit, from either side."""
+    omega, ranks = wave_of_norm(math.sqrt(2)), [1, 2, 4, 8]
+    stated = {"normal": [-0.57, -0.72, -0.84], "signs": [-1.32, -1.14, -1.06]}
+    for law, expected in stated.items():
+        got = slopes(ranks, [wave_error(omega, r, LAWS[law]) for r in ranks])
+        np.testing.assert_allclose(got, expected, atol=0.006)
+        last = slopes([512, 1024], [wave_error(omega, r, LAWS[law]) for r in (512, 1024)])
+        np.testing.assert_allclose(last, -1, atol=0.01)
+    np.testing.assert_allclose(
+        [wave_error(omega, 1, LAWS[law]) for law in ("signs", "normal")], [0.29, 0.22], atol=0.005
+    )
+    assert wave_error(omega, 2, SIGNS) < wave_error(omega, 2, NORMAL)
+    large = [wave_error(2 * math.sqrt(2) * omega, r, NORMAL) for r in (8, 16)]
+    np.testing.assert_allclose(slopes([8, 16], large), -1.28, atol=0.006)  # ‖ω‖² = 16
+
+
+def test_which_symmetry():
+    """Page 3: slopes -1, -1/2, -1, -1 of the table, and the expansions of Im φ_r and Re φ_r."""
+    omega, c, ranks = wave_of_norm(1.0), math.pi / 4, [4096, 16384]
+    cases = [
+        (SIGNS, SIGNS, False, -1),
+        (SKEWED, SKEWED, False, -0.5),
+        (SKEWED, SIGNS, False, -1),
+        (SIGNS, SKEWED, False, -1),
+        (SKEWED, SKEWED, True, -1),
+        (SKEWED, SIGNS, True, -1),
+    ]
+    for law_a, law_b, paired, slope in cases:
+        errors = [wave_error(omega, r, law_a, law_b, c, paired) for r in ranks]
+        assert slopes(ranks, errors)[0] == pytest.approx(slope, abs=0.01)
+    K3 = moment(SKEWED, 3) ** 2 * np.sum(omega**3)
+    K4 = fourth_cumulant(omega, moment(SKEWED, 4))[0]
+    limit = normal_limit(omega)[0]
+    imaginary = extrapolated(lambda r: math.sqrt(r) * phi(omega, r, SKEWED)[0].imag, 4096)
+    assert imaginary == pytest.approx(-limit * K3 / 6, rel=1e-4)
+    real = extrapolated(lambda r: r * (phi(omega, r, SKEWED)[0].real - limit), 4096)
+    assert real == pytest.approx(limit * (K4 / 24 - K3**2 / 72), rel=1e-4)
+    assert abs(phi(omega, 3, SKEWED, SIGNS)[0].imag) < 1e-12
+
+
+def skewed(key, shape, dtype=jnp.float32):
+    values = jnp.asarray(SKEWED[0], dtype)
+    return jnp.where(jax.random.bernoulli(key, SKEWED[1][0], shape), values[0], values[1])
+
+
+def test_code_without_symmetry():
+    """Page 3: with skewed entries the code has the exact means stated, one-sided and in pairs."""
+    sigma, omega, c, r = 0.5, wave_of_norm(1.2, (2, 2)), math.pi / 4, 4
+    Omega = jnp.asarray(omega / sigma, jnp.float32)
+
+    def wave(M):
+        return jnp.sin(jnp.sum(Omega * (jnp.eye(2) @ M)) + c)
+
+    g = estimates(Eggroll(sigma, r, skewed), wave, jnp.zeros((2, 2)), 1024, one_sided=True)
+    slope = phi(omega, r, SKEWED)[1]
+    odd, even = -math.cos(c) * slope.real / sigma, math.sin(c) * slope.imag / sigma
+    assert_mean(g[:, 1], odd + even)
+    assert_mean(g[:, 0], odd)
+    limit = -math.cos(c) * normal_limit(omega)[1] / sigma
+    assert np.linalg.norm(odd + even - limit) > 2 * np.linalg.norm(odd - limit)
+
+
+def test_step_on_a_lattice():
+    """Page 3: for the fitness [entry > σ] signs err by -φ(1)/√r at r = q², normal factors 1/r."""
+    sizes = np.array([32, 64, 128])
+    errors = []
+    for q in sizes:
+        j = np.arange(q * q + 1)
+        z, p = (2 * j - q * q) / q, stats.binom.pmf(j, q * q, 0.5)
+        errors.append((z * p)[2 * j > q * q + q].sum() - stats.norm.pdf(1))
+        assert stats.binom.pmf((q * q + q) // 2, q * q, 0.5) * q == pytest.approx(
+            2 * stats.norm.pdf(1), rel=2 / q
+        )
+    assert extrapolated({32: sizes[0] * errors[0], 64: sizes[1] * errors[1]}.get, 32) == (
+        pytest.approx(-stats.norm.pdf(1), rel=2e-3)
+    )
+    np.testing.assert_allclose(slopes(sizes**2, np.abs(errors)), -0.5, atol=0.01)
+    ranks = [32, 64]
+    errors = [
+        integrate.quad(lambda z, r=r: z * density(z, r), 1, 30, epsabs=1e-12)[0] - stats.norm.pdf(1)
+        for r in ranks
+    ]
+    np.testing.assert_allclose(slopes(ranks, np.abs(errors)), -1, atol=0.03)
+
+
+def test_signs_of_full_rank():
+    """Page 3: dense signs, as vectors have at every rank, have Πⱼ cos ωⱼ in place of φ_∞."""
+    sigma, omega = 0.5, wave_of_norm(1.5, (3,))
+    Omega = jnp.asarray(omega / sigma, jnp.float32)
+    g = estimates(Eggroll(sigma, 1, signs), lambda v: jnp.sin(Omega @ v), jnp.zeros(3), 512)
+    assert_mean(g, np.cos(omega).prod() * np.tan(omega) / sigma)
+
+
+# theory/4-which-noise.md ------------------------------------------------------------
+
+
+def test_effective_rank():
+    """Page 4: K₄ = 6‖ω‖⁴/R with 1 ≤ R ≤ min(m, n); relative errors ‖ω‖⁴/(4Rr), ‖Gω‖/(r‖ω‖)."""
+    thin = np.outer([1.0, 2, 3], [1.0, -1, 2])
+    for omega, R in (np.eye(3), 3), (thin, 1), (wave_of_norm(1.0), None):
+        omega = 0.02 * omega / np.linalg.norm(omega)
+        G, r = omega @ omega.T, 64
+        R = R or np.trace(G) ** 2 / np.trace(G @ G)
+        assert 1 <= R <= 3
+        assert fourth_cumulant(omega, 3)[0] == pytest.approx(6 * 0.02**4 / R)
+        big = 50 * omega  # ‖ω‖ = 1
+        relative = np.linalg.det(np.eye(3) + big @ big.T / 1e6) ** (-1e6 / 2) * math.exp(0.5) - 1
+        assert relative == pytest.approx(1 / (4 * R * 1e6), rel=1e-3)
+        error = wave_error(omega, r, NORMAL) / np.linalg.norm(normal_limit(omega)[1])
+        expected = np.linalg.norm(G @ omega) / (r * 0.02)
+        assert error == pytest.approx(expected, rel=2e-3)
+        if R == 1:
+            assert expected == pytest.approx(0.02**2 / r)
+
+
+@pytest.mark.parametrize("m, n", [(2, 2), (2, 3)])
+def test_random_waves(m, n):
+    """Page 4: means of tr G², ‖Gω‖², K₄ and ‖∇K₄/24‖² and Var K₄ over normal ω, by quadrature."""
+    s = 0.8
+    omegas, p = grid(gauss(np.polynomial.hermite_e.hermegauss, 5, s), m * n)  # exact to degree 9
+    omegas = omegas.reshape(-1, m, n)
+    G = omegas @ omegas.mT
+    assert p @ (G**2).sum((1, 2)) == pytest.approx(m * n * (m + n + 1) * s**4)
+    formula = m * n * (m**2 + 3 * m * n + n**2 + 3 * m + 3 * n + 4) * s**6
+    assert p @ ((G @ omegas) ** 2).sum((1, 2)) == pytest.approx(formula)
+    K, gradient = map(np.array, zip(*(fourth_cumulant(w, 1) for w in omegas), strict=True))
+    assert p @ K == pytest.approx(-6 * m * n * s**4)
+    variance = (144 * m * (m - 1) * n * (n - 1) + 384 * m * n) * s**8
+    assert p @ (K + 6 * m * n * s**4) ** 2 == pytest.approx(variance)
+    formula = m * n * ((m - 1) * (n - 1) + 5 / 3) * s**6
+    assert p @ ((gradient / 24) ** 2).sum((1, 2)) == pytest.approx(formula)
+    along = (gradient * omegas).sum((1, 2))
+    np.testing.assert_allclose(along, 4 * K, atol=1e-9)
+
+
+def test_signs_on_rectangles():
+    """Page 4: for k = 1, K₄ = 6 Σ over rectangles - 2 Σω⁴."""
+    omega = wave_of_norm(1.0, (3, 4))
+    rectangles = np.einsum("ij,iq,pj,pq,ip,jq->", *[omega] * 4, 1 - np.eye(3), 1 - np.eye(4))
+    formula = 6 * rectangles - 2 * np.sum(omega**4)
+    assert fourth_cumulant(omega, 1)[0] == pytest.approx(formula)
+
+
+def test_signs_without_gain():
+    """Page 4: on ω = ±s of rank one K₄ is 6(tr G)²[(1 - 1/m)(1 - 1/n) - 1/(3mn)], near normal's."""
+    rng, m, n = np.random.default_rng(0), 5, 7
+    omega = 0.3 * np.outer(rng.choice([-1, 1], m), rng.choice([-1, 1], n))
+    square = np.sum(omega**2) ** 2
+    formula = 6 * square * ((1 - 1 / m) * (1 - 1 / n) - 1 / (3 * m * n))
+    assert fourth_cumulant(omega, 1)[0] == pytest.approx(formula)
+    assert fourth_cumulant(omega, 3)[0] == pytest.approx(6 * square)
+
+
+@every_law
+@pytest.mark.parametrize("m, n, r", [(2, 2, 1), (2, 3, 1), (2, 2, 2)])
+def test_variance_formula(law, m, n, r):
+    """Page 4: E‖E⟨C,E⟩‖² = ‖C‖²(mn + 2 + [(m+k-1)(n+k-1) - mn - 2]/r), exactly."""
+    law = LAWS3[law]
+    E, p = enumerate_noise(m, n, r, law, law)
+    C, k = wave_of_norm(1.3, (m, n)), moment(law, 4)
+    got = p @ ((E**2).sum((1, 2)) * np.tensordot(E, C, 2) ** 2)
+    formula = m * n + 2 + ((m + k - 1) * (n + k - 1) - m * n - 2) / r
+    assert got == pytest.approx(1.3**2 * formula)
+    if r == 1 and law is SIGNS:
+        assert formula == pytest.approx(m * n)
+
+
+# theory/5-cost.md ------------------------------------------------------------
+
+
+def products(function, *args):
+    """The matrix products in a function's jaxpr: (multiply-adds, size of left, size of right)."""
+    found = []
+
+    def walk(jaxpr, times):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, right = (v.aval for v in equation.invars)
+                depth = math.prod(left.shape[i] for i in contracted)
+                count = times * equation.outvars[0].aval.size * depth
+                found.append((count, left.size, right.size))
+            inner = times * equation.params.get("length", 1)
+            for sub in jaxprs_in_params(equation.params):
+                walk(sub, inner)
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr, 1)
+    return found
+
+
+def total(found):
+    return sum(count for count, *_ in found)
+
+
+SIZES, PAIRS = (48, 40, 32), 8
+
+
+def network(T):
+    """Two layers without biases and data of T vectors a pair."""
+
+    def forward(params, x):
+        return jnp.sum(jnp.tanh(x @ params[0]) @ params[1])
+
+    params = [jnp.ones(s) for s in itertools.pairwise(SIZES)]
+    return params, jnp.ones((PAIRS, T, SIZES[0])), forward
+
+
+@pytest.mark.parametrize("r, T", [(1, 1), (2, 1), (1, 5)])
+def test_multiply_adds(r, T):
+    """Page 5: forward NT(mn + r(m+n)), half of NTmn in the first layer; update (N/2)r·mn."""
+    (l, m, n), N, key = SIZES, 2 * PAIRS, KEY
+    params, data, fitness = network(T)
+    es = Eggroll(0.1, r)
+    forward = total(products(lambda k: es.evaluate(fitness, params, k, data), key))
+    assert forward == N * T * (l * m // 2 + m * n + r * (l + m) + r * (m + n))
+    scores = jnp.ones((PAIRS, 2))
+    update = total(products(lambda k: es.gradient(params, k, scores), key))
+    assert update == PAIRS * r * (l * m + m * n)
+    x = jnp.ones((N * T, l))
+    inference = total(products(lambda p: fitness(p, x), params))
+    assert inference == N * T * (l * m + m * n)
+    # A hidden layer: (mn + r(m+n) + rmn/(2T))/mn, so 1 + r/(2T) for wide ones.
+    step = N * T * (m * n + r * (m + n)) + PAIRS * r * m * n
+    assert step / (N * T * m * n) == pytest.approx(1 + r / (2 * T) + r / m + r / n)
+    back = total(products(jax.grad(lambda p: fitness(p, x)), params))
+    assert back == N * T * (2 * l * m + 3 * m * n)
+    full = Eggroll(0.1, None)
+    dense = total(products(lambda k: full.evaluate(fitness, params, k, data), key))
+    assert dense == N * T * (l * m + m * n)
+    dense = total(products(lambda k: full.gradient(params, k, scores), key))
+    assert dense == PAIRS * (l * m + m * n)
+
+
+def test_weights_read_and_noise_drawn():
+    """Page 5: weights read, mn or N·mn; noise entries drawn, (N/2)r(m+n) or (N/2)mn."""
+    (l, m, n), key = SIZES, KEY
+    params, data, fitness = network(1)
+    for rank, weights, entries in (
+        (2, {l * m, m * n}, 2 * (l + 2 * m + n)),
+        (None, {2 * PAIRS * l * m, 2 * PAIRS * m * n}, l * m + m * n),
+    ):
+        drawn = []
+
+        def draw(key, shape, dtype, drawn=drawn):  # called once for all pairs, under vmap
+            drawn.append(math.prod(shape))
+            return normal(key, shape, dtype)
+
+        es = Eggroll(0.1, rank, draw)
+        found = products(lambda k, es=es: es.evaluate(fitness, params, k, data), key)
+        assert sum(drawn) == entries  # for one pair
+        assert weights <= {size for _, *sizes in found for size in sizes}
+        if rank:  # nothing of the size N·mn is multiplied
+            assert max(size for _, *sizes in found for size in sizes) < PAIRS * m * n
+
+
+def test_scalars_are_all_that_is_shared():
+    """Page 5: a worker with the key rebuilds the update from 4N bytes of scores."""
+    W, key, es = jnp.ones((40, 50)), KEY, Eggroll(0.1)
+    rebuild = jax.jit(es.gradient)
+    scores = jax.jit(partial(es.evaluate, lambda M, x: jnp.sum(x @ M)))(
+        W, key, jnp.ones((PAIRS, 40))
+    )
+    assert scores.nbytes == 4 * 2 * PAIRS
+    message = np.asarray(scores).tobytes()
+    received = jnp.asarray(np.frombuffer(message, np.float32).reshape(PAIRS, 2))
+    elsewhere = rebuild(jnp.zeros_like(W), key, received)  # needs the shape of W, no values
+    np.testing.assert_array_equal(elsewhere, rebuild(W, key, scores))
+
+
 # Models ------------------------------------------------------------------------------------------
 
 
@@ -886,16 +1569,22 @@ def parameters(path):
         return {name: file[name] for name in ("E", "W", "U", "b", "c", "step")}
 
 
-def test_resuming_continues_exactly(text, tmp_path):
+def test_resuming_continues_exactly_and_every_step_is_new(text, tmp_path):
     a, b = tmp_path / "a.npz", tmp_path / "b.npz"
-    assert run("--text", text, *TINY, "--steps", 6, "--save", a).returncode == 0
-    assert run("--text", text, *TINY, "--steps", 3, "--save", b).returncode == 0
+    options = "--text", text, *TINY, "--lr", 0.001
+    assert run(*options, "--steps", 6, "--save", a).returncode == 0
+    assert run(*options, "--steps", 3, "--save", b).returncode == 0
     halfway = parameters(b)
     assert run("--steps", 3, "--resume", b, "--save", b).returncode == 0  # options are in the file
     assert parameters(a)["step"] == parameters(b)["step"] == 6
     for name, value in parameters(a).items():
         np.testing.assert_array_equal(value, parameters(b)[name])
         assert not np.array_equal(value, halfway[name])
+    # new noise and new examples at every step: the same ones again would go the same way again
+    start = eggroll.rnn_init(jax.random.split(KEY, 3)[0], len(set(text.read_text("utf-8"))), 8)
+    first = np.concatenate([(halfway[name] - start[name]).ravel() for name in start])
+    second = np.concatenate([(parameters(a)[name] - halfway[name]).ravel() for name in start])
+    assert abs(first @ second) < 0.8 * np.linalg.norm(first) * np.linalg.norm(second)
 
 
 def test_ctrl_c_ends_training_not_the_program_and_kill_leaves_a_whole_checkpoint(text, tmp_path):
@@ -1023,6 +1712,14 @@ def test_the_readme_names_every_option_with_its_default():
     assert {option: default or "None" for option, default in documented.items()} == actual
     for field in Eggroll.__dataclass_fields__:
         assert f"| `{field}` |" in readme
+
+
+def test_every_test_that_the_theory_names_is_here():
+    pages = sorted((HERE / "theory").glob("[0-9]*.md"))
+    assert pages
+    for page in pages:
+        _, tests = page.read_text(encoding="utf-8").split("## Which test shows it")
+        assert set(re.findall(r"`(test_\w+)`", tests)) <= globals().keys(), page
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -7,7 +7,7 @@ costs about as much as batched inference, while the averaged update still has fu
 
     noise      E = A Bᵀ/√r                    A (m, r), B (n, r): iid, symmetric, unit variance
     forward    x (W + σE) = xW + σ (xA) Bᵀ/√r       no perturbed matrix is ever formed
-    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ    g estimates the gradient of E[f(W + σE)]
+    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ    g estimates the gradient of mean f(W + σE)
 
 Any function of a pytree of arrays can be trained, here a linear model:
 
@@ -25,21 +25,24 @@ Any function of a pytree of arrays can be trained, here a linear model:
     for t in range(300):
         new_key = jax.random.fold_in(key, t)    # new noise for every step
         params, scores = step(fitness, params, new_key, data=(x, x[:, :4]), lr=0.05)
-    print(scores.mean())                        # -4 at first, now less than 1 from 0
+    print(scores.mean())                        # -4 at first, now about -0.4
 
 `python eggroll.py` trains a recurrent network on real text.
 
 Letters: N members make the population, N/2 antithetic pairs θ ± σE, θ being all the parameters. A
-weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r.
+weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r; that of the
+update, a sum over N/2 pairs, is min(rN/2, m, n): full, if the population is not tiny.
 
 Differences from the paper and from the authors' code, and why:
   - g keeps the 1/σ that Eq. 8 of the paper leaves to the learning rate α, so that it can be held
-    against jax.grad; it has the sign of Eq. 8, Eqs. 4 and 5 have a slip.
-  - The two members of a pair share their example and one draw of the noise: their difference
-    tells of the noise and not of the example, and noise costs half.
-  - A perturbed matrix is an object that multiplies, `LowRank`, so any model runs as it is.
-  - The entries of the noise may be random signs, 32 from one random word, of less variance.
-  - Embeddings and stacks of matrices have low-rank noise too; vectors have dense noise, as there.
+    against jax.grad. Eqs. 4 and 5 of the paper have the wrong sign, Eq. 8 the right one.
+  - The two members of a pair share their example and one draw of the noise: what differs between
+    their scores is due to the noise alone, and half as much noise is drawn.
+  - `step` standardizes the scores, as the authors' code does: f above has mean 0 and variance 1, so
+    that a learning rate does not depend on the scale of the fitness.
+  - A perturbed matrix is an object that multiplies, `LowRank`, so models need no special layers.
+  - The entries of the noise may be random signs: 32 from one random word, and g varies less.
+  - Embeddings and stacks of matrices have low-rank noise too. Vectors have dense noise, as there.
 
 References:
   [1] Sarkar et al., Evolution Strategies at the Hyperscale, 2025, arXiv:2511.16652.
@@ -69,13 +72,13 @@ import jax.numpy as jnp
 import numpy as np
 
 # -------------------------------------------------------------------------------------------------
-# Noise: iid entries, symmetric about zero and of unit variance (Sec. 4.1 of the paper)
+# Noise: iid entries, symmetric about zero and of unit variance (Sec. 4.1 of [1])
 # -------------------------------------------------------------------------------------------------
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
     """Standard normal entries, the paper's choice (kurtosis 3)."""
-    # Drawn in float32: of the 128 values that jax.random.normal has in bfloat16 the mean is -0.01.
+    # Drawn in float32, since in bfloat16 jax.random.normal has but 128 values, of mean -0.01.
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
@@ -88,12 +91,14 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arra
     """Entries -1 and 1 (kurtosis 1), one random bit each: by far the fastest to draw."""
     size = math.prod(shape)
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)  # (⌈size/32⌉, 1)
-    bits = words & (1 << jnp.arange(32, dtype=jnp.uint32)[None])  # (⌈size/32⌉, 32), one bit in each
+    bits = words & (
+        1 << jnp.arange(32, dtype=jnp.uint32)[None]
+    )  # (⌈size/32⌉, 32), bit j in column j
     return jnp.where(bits.ravel()[:size].reshape(shape) > 0, 1, -1).astype(dtype)
 
 
 # -------------------------------------------------------------------------------------------------
-# Forward: x (W + σE) without forming W + σE (Sec. 4.3)
+# Forward: x (W + σE) without forming W + σE (Sec. 4.3 of [1])
 # -------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +115,9 @@ class LowRank:
         M.T                                 LowRank, (n, m)
 
     Leading axes common to W, A and B make a stack of matrices; jax.lax.scan, jax.vmap and M[i] take
-    it apart. Everything else raises TypeError; `dense(M)` is the array, if one is needed.
+    it apart. All else needs the array `dense(M)`. Operators, methods and functions of arrays, such
+    as jnp.sum(M) or jnp.dot(x, M), raise TypeError. But M is a pytree: jax.tree.map and the like
+    see W, A and B, so a penalty on the weights must be one on those of dense(params).
     """
 
     W: jax.Array
@@ -150,9 +157,11 @@ class LowRank:
         raise AttributeError(name)
 
     __array_ufunc__ = None  # makes NumPy, too, leave x @ M to M
-    __array__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __abs__ = __pow__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
-    __rtruediv__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __array__ = __iter__ = __len__ = __contains__ = __bool__ = __int__ = __float__ = _refuse
+    __neg__ = __pos__ = __abs__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = _refuse
+    __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = _refuse
+    __rmod__ = __pow__ = __rpow__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = _refuse
+    __rxor__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 def dense(tree: Any) -> Any:
@@ -167,7 +176,7 @@ def dense(tree: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------
-# Update: score the population, estimate the gradient, ascend (Sec. 4.2, Algorithm 1)
+# Update: score the population, estimate the gradient, ascend (Sec. 4.2 of [1])
 # -------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +189,8 @@ def standardize(fitness: jax.Array) -> jax.Array:
     f = jnp.asarray(fitness, jnp.float32)
     tiny = jnp.finfo(f.dtype).tiny
     finite = jnp.isfinite(f)
-    f = jnp.where(finite, f - jnp.min(f, where=finite, initial=jnp.inf), 0)  # worst 0, others above
+    worst = jnp.min(f, where=finite, initial=jnp.inf)
+    f = jnp.where(finite, f - worst, 0)  # the worst is 0, the others are above
     f = f / jnp.maximum(jnp.max(f), tiny)  # best 1, so that no square overflows
     f = f - jnp.mean(f)
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
@@ -202,14 +212,16 @@ class Eggroll:
 
     params   θ, a pytree of floating-point arrays. One with two axes is a matrix and has low-rank
              noise, one with more is a stack of matrices; one with fewer has dense noise.
-    key      a new one for every population. The noise is a function of key, pair and leaf alone: so
-             `gradient` rebuilds what `evaluate` drew, in any chunks and on any number of machines,
-             from the key and the scores (Algorithm 1). Pair i has the key fold_in(key, i).
-    fitness  in `evaluate` and `step`: (params, example) -> scalar, higher is better, any function
-             that JAX can trace, differentiable or not. In `gradient`: its values, (pairs, 2).
-    data     a pytree of arrays whose first axis is `pairs`, N/2: both members of a pair see its entry.
+    key      a new one for every population. The noise depends on key, pair and position of the leaf
+             alone: so `gradient` rebuilds what `evaluate` drew, in any chunks and on any number of
+             machines, from key and scores (Algorithm 1 of [1]). Pair i has the key fold_in(key, i).
+    fitness  (params, example) -> scalar, higher is better: any function that JAX can trace,
+             differentiable or not. In `gradient`, though: the scores that it gave, (pairs, 2).
+    data     a pytree of arrays with a first axis of N/2 pairs, which sets N. Both members of pair i
+             see data[i]. If there is nothing to see: jnp.arange(pairs).
 
-    ValueError tells of a σ, rank, chunk, data or fitness that is not so, TypeError of such a leaf.
+    Raises ValueError if sigma, rank, chunk, data or fitness is not as it says here, TypeError if a
+    leaf of params is not a floating-point array.
     """
 
     sigma: float
@@ -223,11 +235,11 @@ class Eggroll:
                 raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
         for name in "rank", "chunk":
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
 
     def noise(self, key: jax.Array, params: Any) -> Any:
-        """E of one pair: for a matrix (m, n) its factors (A (m, r), B (n, r)), for others an array."""
+        """E of one pair: of a matrix (m, n) the factors (A/√r (m, r), B (n, r)), else an array."""
         leaves, treedef = jax.tree.flatten_with_path(params)
         noise = []
         for i, (path, p) in enumerate(leaves):
@@ -236,12 +248,12 @@ class Eggroll:
                     f"params{jax.tree_util.keystr(path)} must be a floating-point array, got {p!r}; "
                     "close over what is not to be trained"
                 )
-            leaf_key = jax.random.fold_in(key, i)
+            leaf_key, dtype = jax.random.fold_in(key, i), jnp.result_type(p)
             if self.rank is None or p.ndim < 2:
-                noise.append(self.draw(leaf_key, p.shape, p.dtype))
+                noise.append(self.draw(leaf_key, p.shape, dtype))
                 continue
             *stack, m, n = p.shape
-            AB = self.draw(leaf_key, (*stack, m + n, self.rank), p.dtype)
+            AB = self.draw(leaf_key, (*stack, m + n, self.rank), dtype)
             A, B = AB[..., :m, :], AB[..., m:, :]  # (..., m, r), (..., n, r)
             noise.append((A / math.sqrt(self.rank), B))  # A Bᵀ has entries of unit variance
         return treedef.unflatten(noise)
@@ -250,7 +262,7 @@ class Eggroll:
         """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
 
         def leaf(p, e):
-            scale = jnp.asarray(sign * self.sigma, p.dtype)
+            scale = jnp.asarray(sign * self.sigma, jnp.result_type(p))
             return LowRank(p, scale * e[0], e[1]) if isinstance(e, tuple) else p + scale * e
 
         return jax.tree.map(leaf, params, noise)
@@ -260,7 +272,7 @@ class Eggroll:
         sizes = {x.shape[0] if jnp.ndim(x) else None for x in jax.tree.leaves(data)}
         if len(sizes) != 1 or not (pairs := sizes.pop()):
             shapes = jax.tree.map(jnp.shape, data)
-            raise ValueError(f"data must have one first axis, pairs ≥ 1, throughout, got {shapes}")
+            raise ValueError(f"arrays of data must share a first axis, pairs ≥ 1, got {shapes}")
 
         def member(sign, pair):
             i, example = pair
@@ -283,7 +295,7 @@ class Eggroll:
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
-        Its mean is ∇J for normal E of full rank, and differs by O(1/r) for E of rank r (Theorem 2).
+        Its mean is ∇J for normal E of full rank, and differs by O(1/r) for E of rank r (Theorem 2 of [1]).
 
         `fitness` is that of `evaluate` with the same key, standardized or not. The sum over the
         members of a chunk is one matrix product, (A ⊙ f) Bᵀ, in at least float32.
@@ -300,8 +312,8 @@ class Eggroll:
 
             def leaf(total, e):
                 if isinstance(e, tuple):
-                    A = e[0] * weights.reshape(-1, *[1] * total.ndim)  # (chunk, ..., m, r)
-                    return total + jnp.einsum("p...mr,p...nr->...mn", A, e[1])
+                    w = weights.reshape(-1, *[1] * total.ndim)  # (chunk, 1, ..., 1)
+                    return total + jnp.einsum("p...mr,p...nr->...mn", w * e[0], e[1])
                 return total + jnp.tensordot(weights, e, axes=1)
 
             return jax.tree.map(leaf, total, noise), None
@@ -311,23 +323,24 @@ class Eggroll:
         weights = jnp.pad(weights, (0, padding)).reshape(-1, size)  # (chunks, chunk)
         indices = jnp.arange(weights.size).reshape(weights.shape)  # (chunks, chunk)
         dtype = weights.dtype
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, dtype)), params)
+        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
         # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the same
-        # noise, and draws it once; into a loop it does not look.
+        # noise, and draws it once, which it does not see through a loop.
         if size == len(f):
             total, _ = add(zero, (indices[0], weights[0]))
         else:
             total, _ = jax.lax.scan(add, zero, (indices, weights))
-        return jax.tree.map(lambda p, g: g.astype(p.dtype), params, total)
+        return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, total)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with standardized fitness: (new params, fitness as evaluated).
 
-        To be called inside jax.jit. For another optimizer, call its three parts yourself.
+        Best inside jax.jit, with fitness static. For another optimiser, call the three parts yourself.
+        The noise in g moves every entry by about lr/(σ√N): with fewer members, take a lower lr.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))
-        return jax.tree.map(lambda p, g: (p + lr * g).astype(p.dtype), params, g), scores
+        return jax.tree.map(lambda p, g: (p + lr * g).astype(jnp.result_type(p)), params, g), scores
 
 
 # -------------------------------------------------------------------------------------------------
@@ -354,11 +367,11 @@ def mlp(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 
 def rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
     """Parameters for `rnn`: `vocab` different tokens and `hidden` units of memory."""
-    key_E, key_W, key_U = jax.random.split(key, 3)
+    key_emb, key_W, key_U = jax.random.split(key, 3)
+    scale = 0.2  # of the embedding, so that the first logits are small
     return {
-        "E": 0.2 * normal(key_E, (vocab, hidden)),
-        "W": normal(key_W, (hidden, 2 * hidden))
-        / (0.2 * math.sqrt(hidden)),  # E W of unit variance
+        "emb": scale * normal(key_emb, (vocab, hidden)),
+        "W": normal(key_W, (hidden, 2 * hidden)) / (scale * math.sqrt(hidden)),
         "U": normal(key_U, (hidden, 2 * hidden)) / math.sqrt(hidden),
         "b": jnp.zeros(2 * hidden),
         "c": jnp.zeros(vocab),
@@ -368,16 +381,16 @@ def rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
 def rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Read a token: (memory h (hidden,), token ()) to (new h, logits (vocab,) of the next token).
 
-    A minimal gated unit [3]: a GRU whose update and reset gate are one, f. With the embedding E at
-    both ends, [x₁ x₂] = E[token] W + b and [u₁ u₂] = h U,
+    A minimal gated unit [3]: a GRU whose update and reset gate are one, z. With the embedding at
+    both ends, [x₁ x₂] = emb[token] W + b and [u₁ u₂] = h U,
 
-        f = sigmoid(x₁ + u₁)    h ← (1 - f) h + f tanh(x₂ + f u₂)    logits = h Eᵀ + c
+        z = sigmoid(x₁ + u₁)    h ← (1 - z) h + z tanh(x₂ + z u₂)    logits = h embᵀ + c
     """
-    x1, x2 = jnp.split(params["E"][token] @ params["W"] + params["b"], 2)  # (hidden,) each
+    x1, x2 = jnp.split(params["emb"][token] @ params["W"] + params["b"], 2)  # (hidden,) each
     u1, u2 = jnp.split(h @ params["U"], 2)  # (hidden,) each
-    f = jax.nn.sigmoid(x1 + u1)
-    h = (1 - f) * h + f * jnp.tanh(x2 + f * u2)
-    return h, h @ params["E"].T + params["c"]
+    z = jax.nn.sigmoid(x1 + u1)
+    h = (1 - z) * h + z * jnp.tanh(x2 + z * u2)
+    return h, h @ params["emb"].T + params["c"]
 
 
 def bits_per_char(params: dict[str, Any], text: jax.Array) -> jax.Array:
@@ -415,7 +428,7 @@ def refusing(task: str) -> Iterator[None]:
     """End the program with one line on stderr and exit status 2 if the task cannot be done."""
     try:
         yield
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         print(f"eggroll.py: cannot {task}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -438,22 +451,29 @@ def main() -> None:
     )
     draws = {"signs": signs, "normal": normal, "uniform": uniform}
     add = parser.add_argument
-    add("--text", metavar="FILE", help="UTF-8 text to learn; if None, Python's pydoc_data.topics")
+    add("--text", metavar="FILE", type=os.path.abspath, help="UTF-8 text; None: pydoc_data.topics")
     add("--seconds", type=float, default=60, help="how long to train, from now on")
     add("--steps", type=int, help="how many steps to train instead, from now on")
     add("--population", type=int, default=8192, help="members, an even number")
     add("--rank", default="1", help="rank of the noise, a number or full")
     add("--noise", choices=draws, default="signs", help="distribution of its entries")
     add("--sigma", type=float, default=0.04, help="scale of the noise")
-    add("--lr", type=float, default=0.5, help="learning rate, to be divided by 1 + step/600")
+    add(
+        "--lr",
+        type=float,
+        default=0.5,
+        help="learning rate, divided by 1 + step/600; lower it for fewer members",
+    )
     add("--hidden", type=int, default=32, help="units of memory of the RNN")
     add("--length", type=int, default=16, help="characters that a member predicts")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--save", metavar="FILE", help="checkpoint to write every two seconds and at the end")
-    add("--resume", metavar="FILE", help="checkpoint to continue, with the options that it holds")
+    add("--resume", metavar="FILE", help="checkpoint to continue, with its options unless given")
     args = parser.parse_args()
     if args.resume:
         with refusing(f"resume {args.resume}"), open(args.resume, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is not a checkpoint")
             saved = dict(np.load(file))
             parser.set_defaults(**json.loads(str(saved["options"])))
         args = parser.parse_args()
@@ -461,14 +481,19 @@ def main() -> None:
     options = json.dumps({k: v for k, v in vars(args).items() if k not in of_this_run})
 
     with refusing("use these options"):
+        if args.rank != "full" and not (args.rank.isdecimal() and int(args.rank)):
+            raise ValueError(f"--rank must be full or a number of at least 1, got {args.rank}")
         es = Eggroll(args.sigma, None if args.rank == "full" else int(args.rank), draws[args.noise])
         if args.population < 2 or args.population % 2:
             raise ValueError(f"--population must be even and at least 2, got {args.population}")
         if min(args.hidden, args.length) < 1:
             raise ValueError(f"--hidden {args.hidden}, --length {args.length}: at least 1 each")
+        if not math.isfinite(args.lr):
+            raise ValueError(f"--lr must be finite, got {args.lr}")
     with refusing(f"learn {args.text}"):
-        topics = "\n\n".join(pydoc_data.topics.topics.values())
-        text = pathlib.Path(args.text).read_text(encoding="utf-8") if args.text else topics
+        text = "\n\n".join(pydoc_data.topics.topics.values())
+        if args.text:
+            text = pathlib.Path(args.text).read_text(encoding="utf-8")
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # one for each character
         alphabet, tokens = np.unique(codes, return_inverse=True)  # (vocab,), (len(text),)
         train, test = np.split(tokens.astype(np.int32), [len(tokens) * 9 // 10])
@@ -515,10 +540,11 @@ def main() -> None:
     def test_bits(params, windows):
         return jnp.mean(jax.vmap(partial(bits_per_char, params))(windows))
 
-    interrupts = []  # the first Ctrl-C ends training, a second one the program
+    interrupts = []
 
-    def interrupt(*_):
-        interrupts.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
+    def interrupt(number, frame):  # the first Ctrl-C ends training, a second one the program
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, interrupt)
     save()  # already now, so that a bad --save is refused before the work

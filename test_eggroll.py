@@ -268,6 +268,12 @@ OTHERWISE = {
     "==": lambda M, x: M == x,
     "x !=": lambda M, x: x != M,
     "<": lambda M, x: M < 0,
+    "M // 2": lambda M, x: M // 2,
+    "2 % M": lambda M, x: 2 % M,
+    "2 ** M": lambda M, x: 2**M,
+    "M & M": lambda M, x: M & M,
+    "int": lambda M, x: int(M),
+    "x in M": lambda M, x: 1.0 in M,
     "if M": lambda M, x: bool(M),
     "float": lambda M, x: float(M),
     "len": lambda M, x: len(M),
@@ -286,8 +292,7 @@ OTHERWISE = {
     "stack.T": lambda M, x: low_rank((2, 3, 4), 1).T,
     "np.asarray": lambda M, x: np.asarray(M),
 }
-OTHERWISE_IN_JAX = {  # refused by JAX, NumPy or Python, in their own words
-    "x in M": lambda M, x: 1.0 in M,
+OTHERWISE_IN_JAX = {  # refused by JAX or NumPy, in their own words
     "jnp.sum": lambda M, x: jnp.sum(M),
     "jnp.asarray": lambda M, x: jnp.asarray(M),
     "jnp.tanh": lambda M, x: jnp.tanh(M),
@@ -504,6 +509,15 @@ def test_bfloat16_parameters_with_an_update_in_float32():
     assert new["W"].shape == (4, 3) and not jnp.array_equal(new["W"], params["W"])
 
 
+def test_numpy_parameters_are_taken_in_the_precision_of_jax():
+    """Float64 arrays become float32 without a warning, as everywhere in JAX."""
+    params = {"W": np.ones((4, 3)), "b": np.zeros(3)}
+    step = jax.jit(Eggroll(0.1, 1, signs).step, static_argnames="fitness")
+    for f in step, Eggroll(0.1, 1, signs).step:
+        new, _ = f(lambda p, x: jnp.sum(x @ p["W"] + p["b"]), params, KEY, jnp.ones((3, 4)), 0.1)
+        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(new))
+
+
 def test_float64_parameters_are_handled_in_float64():
     script = """
         import jax, jax.numpy as jnp, numpy as np
@@ -597,7 +611,7 @@ ERRORS = {
     "sigma -1": (lambda: Eggroll(jnp.float32(-1)), ValueError, "got -1"),
     "sigma nan": (lambda: Eggroll(float("nan")), ValueError, "got nan"),
     "empty": (lambda: scores(data=jnp.zeros((0, 4))), ValueError, r"pairs ≥ 1.*\(0, 4\)"),
-    "no data": (lambda: scores(data=None), ValueError, "pairs ≥ 1"),
+    "no data": (lambda: scores(data=None), ValueError, "share a first axis"),
     "scalar data": (lambda: scores(data=jnp.ones(())), ValueError, "pairs ≥ 1"),
     "two lengths": (
         lambda: scores(data=(jnp.ones((3, 4)), jnp.ones(2))),
@@ -1460,11 +1474,11 @@ def numpy_logits(params, text):
     hidden = len(p["U"])
     h, logits = np.zeros(hidden), []
     for token in text:
-        x, u = p["E"][token] @ p["W"] + p["b"], h @ p["U"]
+        x, u = p["emb"][token] @ p["W"] + p["b"], h @ p["U"]
         gate = 1 / (1 + np.exp(-x[:hidden] - u[:hidden]))
         candidate = np.tanh(x[hidden:] + gate * u[hidden:])
         h = h + gate * (candidate - h)
-        logits.append(p["E"] @ h + p["c"])
+        logits.append(p["emb"] @ h + p["c"])
     return np.array(logits)
 
 
@@ -1510,7 +1524,7 @@ def test_sample_follows_the_distribution_of_the_model():
     tokens = np.asarray(eggroll.sample(params | {"c": jnp.log(p)}, KEY, 0, 20_000))
     assert_mean(tokens[:, None] == np.arange(5), p)
     # and it reads what it wrote: with a strong model, most pairs are the likely ones
-    params = rnn_params() | {"E": 3 * normal(jax.random.key(3), (5, 6))}
+    params = rnn_params() | {"emb": 3 * normal(jax.random.key(3), (5, 6))}
     tokens = np.asarray(eggroll.sample(params, KEY, 2, 200))
     logits = numpy_logits(params, np.concatenate([[2], tokens[:-1]]))
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -1566,7 +1580,7 @@ def test_it_learns_prints_a_sample_and_ends_with_the_score(text):
 
 def parameters(path):
     with np.load(path) as file:
-        return {name: file[name] for name in ("E", "W", "U", "b", "c", "step")}
+        return {name: file[name] for name in ("emb", "W", "U", "b", "c", "step")}
 
 
 def test_resuming_continues_exactly_and_every_step_is_new(text, tmp_path):
@@ -1639,15 +1653,18 @@ REFUSED = {
     "not UTF-8": (["--text", "latin1.txt"], "utf-8"),
     "odd population": (["--population", "7"], "even and at least 2, got 7"),
     "no population": (["--population", "0"], "even and at least 2, got 0"),
-    "rank 0": (["--rank", "0"], "rank must be .* got 0"),
+    "rank 0": (["--rank", "0"], "full or a number of at least 1, got 0"),
     "rank word": (["--rank", "half"], "half"),
     "sigma 0": (["--sigma", "0"], "sigma must be positive"),
+    "lr nan": (["--lr", "nan"], "finite, got nan"),
     "no hidden units": (["--hidden", "0"], "at least 1"),
     "no length": (["--length", "0"], "at least 1"),
     "missing checkpoint": (["--resume", "nowhere.npz"], "nowhere.npz"),
     "not a checkpoint": (["--resume", "short.txt"], "short.txt"),
     "empty checkpoint": (["--resume", "empty.txt"], "empty.txt"),
     "cut checkpoint": (["--resume", "cut.npz"], "cut.npz"),
+    "an array": (["--resume", "array.npy"], "not a checkpoint"),
+    "other arrays": (["--resume", "other.npz"], "other.npz"),
     "other shape": (["--resume", "good.npz", "--hidden", "9"], r"\(3, 9\), got \(3, 8\)"),
     "other text": (["--resume", "good.npz", "--text", "long.txt"], "other characters"),
     "no such folder": (["--save", "nowhere/x.npz"], "nowhere/x.npz"),
@@ -1664,6 +1681,8 @@ def bad_inputs(tmp_path_factory):
     (folder / "abc.txt").write_bytes(b"abc" * 100)
     good = run("--text", "abc.txt", *TINY, "--steps", 0, "--save", "good.npz", cwd=folder)
     assert good.returncode == 0, good.stderr
+    np.save(folder / "array.npy", np.ones(3))
+    np.savez(folder / "other.npz", W=np.ones(3))
     (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-100])
     return folder
 

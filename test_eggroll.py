@@ -6,6 +6,7 @@ sample itself: at 5 a correct program fails one comparison in a million, whateve
 
 import itertools
 import math
+import os
 import pathlib
 import re
 import signal
@@ -473,7 +474,7 @@ def test_every_chunk_gives_the_same_answer(rank):
     evaluate, gradient = jax.jit(Eggroll.evaluate, static_argnums=1), jax.jit(Eggroll.gradient)
     step = jax.jit(Eggroll.step, static_argnums=1)
     whole = Eggroll(0.3, rank, signs)
-    for chunk in 1, 3, 6, 7, 100:
+    for chunk in (1, 3, 100) if rank else (3,):
         parts = Eggroll(0.3, rank, signs, chunk)
         a, b = (evaluate(es, wavy, PARAMS, KEY, x) for es in (parts, whole))
         close(a, b, ulps=300)
@@ -1542,9 +1543,13 @@ LAST_LINE = (
 )
 
 
-def run(*arguments, **how):
+ENVIRONMENT = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+
+
+def run(*arguments, cwd=None):
     command = [sys.executable, "-W", "error", HERE / "eggroll.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", check=False, **how)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, check=False, **pipes)
 
 
 @pytest.fixture
@@ -1610,6 +1615,7 @@ def test_ctrl_c_ends_training_not_the_program_and_kill_leaves_a_whole_checkpoint
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
+            env=ENVIRONMENT,
         )
         for line in process.stdout:
             if line.startswith("step"):

@@ -176,7 +176,7 @@ def dense(tree: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------
-# Update: score the population, estimate the gradient, ascend (Sec. 4.2 of [1])
+# Update: score the population, estimate the gradient, ascend (Eq. 8 and Algorithm 1 of [1])
 # -------------------------------------------------------------------------------------------------
 
 

@@ -458,12 +458,7 @@ def main() -> None:
     add("--rank", default="1", help="rank of the noise, a number or full")
     add("--noise", choices=draws, default="signs", help="distribution of its entries")
     add("--sigma", type=float, default=0.04, help="scale of the noise")
-    add(
-        "--lr",
-        type=float,
-        default=0.5,
-        help="learning rate, divided by 1 + step/600; lower it for fewer members",
-    )
+    add("--lr", type=float, default=0.5, help="learning rate for 8192 members, in the beginning")
     add("--hidden", type=int, default=32, help="units of memory of the RNN")
     add("--length", type=int, default=16, help="characters that a member predicts")
     add("--seed", type=int, default=0, help="seed of everything random")
@@ -533,7 +528,8 @@ def main() -> None:
         last = len(train) - args.length
         starts = jax.random.randint(key_data, (args.population // 2, 1), 0, last)  # (pairs, 1)
         examples = train[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
-        params, scores = es.step(fitness, params, key_noise, examples, args.lr / (1 + step / 600))
+        lr = args.lr * math.sqrt(args.population / 8192)  # noise moves a weight by lr/(σ√N)
+        params, scores = es.step(fitness, params, key_noise, examples, lr / (1 + step / 600))
         return params, -jnp.mean(scores)
 
     @jax.jit

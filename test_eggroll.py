@@ -1,4 +1,4 @@
-"""Every claim of eggroll.py and README.md, held against something independent.
+"""Every claim of eggroll.py, README.md and theory/, held against something independent.
 
 Statistical tolerances are `SE` standard errors of the estimator, computed from theory or from the
 sample itself: at 5 a correct program fails one comparison in a million, whatever the seed.
@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from scipy import integrate, special, stats
@@ -1745,6 +1748,38 @@ def test_every_test_that_the_theory_names_is_here():
     for page in pages:
         _, tests = page.read_text(encoding="utf-8").split("## Which test shows it")
         assert set(re.findall(r"`(test_\w+)`", tests)) <= globals().keys(), page
+
+
+def test_every_link_leads_to_a_file():
+    notebook = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
+    texts = [(HERE, cell.source) for cell in notebook.cells if cell.cell_type == "markdown"]
+    for page in HERE / "README.md", *(HERE / "theory").glob("*.md"):
+        texts.append((page.parent, page.read_text(encoding="utf-8")))
+    links = [(at, link) for at, text in texts for link in re.findall(r"\]\(([^)#\s]+)", text)]
+    missing = [link for at, link in links if ":" not in link and not (at / link).exists()]
+    assert links and not missing
+
+
+def test_the_tutorial_is_kept_as_one_whole_run():
+    path = HERE / "tutorial.ipynb"
+    assert path.stat().st_size < 1.5e6
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for c in cells for output in c.outputs]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}  # no warnings
+    assert all(output.output_type != "error" for output in outputs)
+    texts = [output.get("text", "") or output.data.get("text/markdown", "") for output in outputs]
+    assert not re.search(r"/(home|root|tmp|usr|work|Users)/", "".join(texts))  # of one machine
+
+
+def test_the_tutorial_runs(tmp_path):
+    shutil.copy(HERE / "eggroll.py", tmp_path)  # where it may save its figure
+    notebook = nbformat.read(HERE / "tutorial.ipynb", as_version=4)
+    options = {"timeout": 1800, "resources": {"metadata": {"path": tmp_path}}}
+    nbclient.NotebookClient(notebook, **options).execute()  # raises if a cell does
+    outputs = [output for c in notebook.cells for output in c.get("outputs", [])]
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert (tmp_path / "theory" / "figures" / "convergence.png").stat().st_size > 10_000
 
 
 def test_ci_runs_the_test_command_of_the_readme():

@@ -892,14 +892,17 @@ def test_pair_sees_the_odd_part():
 
 
 def test_variance_of_pairs():
-    """Page 1: the variance of N = 2 members, independent and paired, by enumerating both."""
+    """Page 1: the variance of N = 2 members, independent and paired, by enumerating both.
+
+    For a linear fitness with f(θ) = 0 pairs have twice the variance.
+    """
     E, p = enumerate_noise(2, 2, 1, SIGNS, SIGNS)
     E, sigma = E.reshape(-1, 4), 0.7
     C = np.array([0.4, -1.0, 0.3, 0.8])
-    for offset in 0.0, 3.0:
+    for offset, linear in (0.0, False), (3.0, False), (-0.2 * C.sum(), True):
 
-        def f(x, offset=offset):
-            return np.sin(x @ C) + 0.5 * (x @ C) ** 2 + offset
+        def f(x, offset=offset, linear=linear):
+            return offset + (x @ C if linear else np.sin(x @ C) + 0.5 * (x @ C) ** 2)
 
         up, down = f(0.2 + sigma * E), f(0.2 - sigma * E)
         g = (p * up) @ E / sigma
@@ -912,6 +915,7 @@ def test_variance_of_pairs():
         assert independent == pytest.approx(((S_o + S_e) / sigma**2 - g @ g) / 2)
         assert paired == pytest.approx(S_o / sigma**2 - g @ g)
         assert (paired < independent) == (S_e > S_o - sigma**2 * g @ g)
+        assert (abs(paired - 2 * independent) < 1e-9) == linear
         f_e = (up + down) / 2
         more = p @ ((E**2).sum(1) * (f_e + 2) ** 2) - S_e
         assert more == pytest.approx(p @ ((E**2).sum(1) * (4 + 4 * f_e)))
@@ -1007,6 +1011,8 @@ def test_no_gradient_of_its_own(law):
         wave = np.tensordot(E, sigma * Omega, 2)
         np.testing.assert_allclose(p @ np.cos(wave), value.real)
         np.testing.assert_allclose(np.tensordot(p * np.sin(wave), E, 1), -slope.real, atol=1e-12)
+        own = numerical_gradient(lambda t: p @ np.sin(np.sum(Omega * t) + wave), np.zeros((2, 2)))
+        np.testing.assert_allclose(own, value.real * Omega, atol=1e-8)
     if law is NORMAL:
         g = np.linalg.solve(np.eye(2) + sigma**2 * Omega @ Omega.T / r, value.real * Omega)
         np.testing.assert_allclose(-slope.real / sigma, g, atol=1e-6)
@@ -1318,6 +1324,26 @@ def test_random_waves(m, n):
     np.testing.assert_allclose(along, 4 * K, atol=1e-9)
 
 
+def test_large_random_waves():
+    """Page 4: the errors and the gain of signs for large m = n; N where bias equals noise."""
+    n, r, norm = 256, 1, 0.3
+    omega = wave_of_norm(norm, (n, n))
+    G, s = omega @ omega.T, norm / n
+    error = wave_error(omega, r, NORMAL) / np.linalg.norm(normal_limit(omega)[1])
+    assert error == pytest.approx(math.sqrt(5) * norm**2 / (n * r), rel=0.03)
+    assert 2 * n**2 / error**2 == pytest.approx(2 * n**4 * r**2 / (5 * norm**4), rel=0.06)
+    assert 2 * n**2 / error**2 == pytest.approx(2e11, rel=0.1)
+    gradient = fourth_cumulant(omega, 1)[1] / 24  # with signs; with normal factors it is Gω
+    gain = np.linalg.norm(G @ omega) / np.linalg.norm(gradient)
+    assert gain == pytest.approx(math.sqrt(5), rel=0.03)
+    across = np.trace(G @ G @ G) - np.trace(G @ G) ** 2 / norm**2  # of normal factors
+    assert across == pytest.approx(n**4 * s**6, rel=0.06)
+    assert np.sum(gradient**2) == pytest.approx(n**4 * s**6, rel=0.06)
+    signs_rms = math.sqrt(36 * n**4 + 144 * (n * (n - 1)) ** 2 + 384 * n**2)  # from the moments
+    assert 6 * n**2 * (2 * n + 1) / signs_rms == pytest.approx(2 * n / math.sqrt(5), rel=0.01)
+    assert ((n + 2) ** 2 - 1) / (n**2 + 1) == pytest.approx(1.016, abs=5e-4)
+
+
 def test_signs_on_rectangles():
     """Page 4: for k = 1, K₄ = 6 Σ over rectangles - 2 Σω⁴."""
     omega = wave_of_norm(1.0, (3, 4))
@@ -1437,6 +1463,57 @@ def test_weights_read_and_noise_drawn():
         assert weights <= {size for _, *sizes in found for size in sizes}
         if rank:  # nothing of the size N·mn is multiplied
             assert max(size for _, *sizes in found for size in sizes) < PAIRS * m * n
+
+
+def test_numbers_moved(optimized):
+    """Page 5: bytes that the compiled programs access: inference exactly, ES to a factor of 2."""
+    N = m = n = 256
+    W, x = jnp.ones((m, n)), jnp.ones((N // 2, m))
+
+    def moved(f, *args):
+        return jax.jit(f).lower(*args).compile().cost_analysis()["bytes accessed"] / 4
+
+    inference = moved(lambda W, x: x @ W, W, jnp.ones((N, m)))
+    assert inference == pytest.approx(m * n + N * (m + n), rel=0.01)
+    for r in 1, None:
+        es = Eggroll(0.1, r)
+        noise = jax.vmap(lambda key, es=es: es.noise(key, W))(jax.random.split(KEY, N // 2))
+
+        def forward(W, noise, x, es=es):
+            def members(sign):
+                return jax.vmap(lambda e, x: x @ es.perturb(W, e, sign))(noise, x)
+
+            return jax.vmap(members)(jnp.array([1.0, -1.0]))
+
+        def update(W, noise, f):
+            if isinstance(noise, tuple):
+                return W + jnp.einsum("pmr,pnr->mn", f[:, None, None] * noise[0], noise[1])
+            return W + jnp.tensordot(f, noise, 1)
+
+        drawn = N // 2 * (m + n if r else m * n)  # written once
+        measured = drawn + moved(forward, W, noise, x) + moved(update, W, noise, jnp.ones(N // 2))
+        formula = 5 * m * n + N * (m + n) * 5 / 2
+        if r is None:
+            formula = 5 * m * n + 7 / 2 * N * m * n + N * (m + n)
+        assert 0.8 * formula < measured < 2 * formula
+
+
+def test_predictions():
+    """Page 5: the table for 10⁶ members, from the shapes of the code's own noise and products."""
+    N, W = 10**6, jax.ShapeDtypeStruct((10**4, 10**4), jnp.float32)
+
+    def bytes_of_noise(rank):
+        noise = jax.eval_shape(Eggroll(0.1, rank).noise, KEY, W)
+        return N // 2 * sum(4 * e.size for e in jax.tree.leaves(noise))
+
+    scores = jax.ShapeDtypeStruct((N // 2, 2), jnp.float32)
+    update = total(products(lambda W, f: Eggroll(0.1).gradient(W, KEY, f), W, scores))
+    for layers in 10, 100, 1000:
+        assert layers * W.size * N == 10**14 * layers  # forward, for T = 1
+        assert layers * update == 5 * 10**13 * layers
+        assert layers * bytes_of_noise(1) == 4 * 10**10 * layers
+        assert layers * bytes_of_noise(None) == 2 * 10**14 * layers
+        assert scores.size * 4 == 4 * 10**6 and layers * W.size * 4 == 4 * 10**8 * layers
 
 
 def test_scalars_are_all_that_is_shared():

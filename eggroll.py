@@ -30,8 +30,8 @@ Any function of a pytree of arrays can be trained, here a linear model:
 `python eggroll.py` trains a recurrent network on real text.
 
 Letters: N members make the population, N/2 antithetic pairs θ ± σE, θ being all the parameters. A
-weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r; that of the
-update, a sum over N/2 pairs, is min(rN/2, m, n): full, if the population is not tiny.
+weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r; that of
+the update, a sum over N/2 pairs, is min(rN/2, m, n): full, if the population is not tiny.
 
 Differences from the paper and from the authors' code, and why:
   - g keeps the 1/σ that Eq. 8 of the paper leaves to the learning rate α, so that it can be held
@@ -70,6 +70,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 # -------------------------------------------------------------------------------------------------
 # Noise: iid entries, symmetric about zero and of unit variance (Sec. 4.1 of [1])
@@ -91,9 +92,8 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arra
     """Entries -1 and 1 (kurtosis 1), one random bit each: by far the fastest to draw."""
     size = math.prod(shape)
     words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)  # (⌈size/32⌉, 1)
-    bits = words & (
-        1 << jnp.arange(32, dtype=jnp.uint32)[None]
-    )  # (⌈size/32⌉, 32), bit j in column j
+    masks = 1 << jnp.arange(32, dtype=jnp.uint32)[None]  # (1, 32)
+    bits = words & masks  # (⌈size/32⌉, 32), bit j in column j
     return jnp.where(bits.ravel()[:size].reshape(shape) > 0, 1, -1).astype(dtype)
 
 
@@ -196,6 +196,17 @@ def standardize(fitness: jax.Array) -> jax.Array:
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
 
 
+def on_mesh_of(x: jax.Array, spec: P) -> Any:
+    """What jax.sharding.auto_axes wants to know of a result: its spec, on the mesh that x is on.
+
+    In a mesh's explicit mode, vmap wants all its inputs to be sharded alike, and a product over
+    sharded axes a word on the result. auto_axes leaves both to the compiler, as automatic mode
+    does; where there is no mesh it does nothing.
+    """
+    sharding = jax.typeof(x).sharding
+    return spec if sharding.mesh.empty else sharding.update(spec=spec)
+
+
 @partial(
     jax.tree_util.register_dataclass, data_fields=["sigma"], meta_fields=["rank", "draw", "chunk"]
 )
@@ -245,8 +256,8 @@ class Eggroll:
         for i, (path, p) in enumerate(leaves):
             if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.floating)):
                 raise TypeError(
-                    f"params{jax.tree_util.keystr(path)} must be a floating-point array, got {p!r}; "
-                    "close over what is not to be trained"
+                    f"params{jax.tree_util.keystr(path)} must be a floating-point array, "
+                    f"got {p!r}; close over what is not to be trained"
                 )
             leaf_key, dtype = jax.random.fold_in(key, i), jnp.result_type(p)
             if self.rank is None or p.ndim < 2:
@@ -274,28 +285,46 @@ class Eggroll:
             shapes = jax.tree.map(jnp.shape, data)
             raise ValueError(f"arrays of data must share a first axis, pairs ≥ 1, got {shapes}")
 
-        def member(sign, pair):
-            i, example = pair
-            noise = self.noise(jax.random.fold_in(key, i), params)
-            score = fitness(self.perturb(params, noise, sign), example)
-            if (shape := jax.tree.map(jnp.shape, score)) != ():
-                raise ValueError(f"fitness must return a scalar, got shape {shape}")
-            return score
+        def scores(params, key, data):
+            def member(sign, pair):
+                i, example = pair
+                noise = self.noise(jax.random.fold_in(key, i), params)
+                score = fitness(self.perturb(params, noise, sign), example)
+                if (shape := jax.tree.map(jnp.shape, score)) != ():
+                    raise ValueError(f"fitness must return a scalar, got shape {shape}")
+                return score
 
-        def members(sign):  # one of every pair, (pairs,)
+            # vmap batches only what differs between members. W does not, so `x @ W` is one product
+            # for the whole population; noise does not depend on the sign: a pair shares one draw.
+            def members(chunk):  # (chunk, 2)
+                both = jnp.array([1.0, -1.0])
+                return jax.vmap(lambda s: jax.vmap(partial(member, s))(chunk), out_axes=1)(both)
+
             xs = jnp.arange(pairs), data
             if self.chunk is None or self.chunk >= pairs:
-                return jax.vmap(partial(member, sign))(xs)
-            return jax.lax.map(partial(member, sign), xs, batch_size=self.chunk)
+                return members(xs)
+            xs = jax.tree.map(self._columns, xs)  # (chunk, chunks, ...)
+            columns = jnp.arange(-(-pairs // self.chunk))
+            f = jax.lax.map(lambda j: members(jax.tree.map(lambda x: x[:, j], xs)), columns)
+            return f.swapaxes(0, 1).reshape(-1, 2)[:pairs]  # from (chunks, chunk, 2)
 
-        # vmap batches only what differs between members. W does not, so `x @ W` is one product for
-        # the whole population; the noise does not depend on the sign, so a pair shares one draw.
-        return jax.vmap(members, out_axes=1)(jnp.array([1.0, -1.0]))  # (pairs, 2)
+        x = jax.tree.leaves(data)[0]
+        out = on_mesh_of(x, P(jax.typeof(x).sharding.spec[0]))  # scores lie where their data lie
+        return jax.sharding.auto_axes(scores, out_sharding=out)(params, key, data)  # (pairs, 2)
+
+    def _columns(self, x):
+        """(pairs, ...) to (chunk, chunks, ...), filled up with the first pairs: columns are chunks.
+
+        So a chunk has a pair from every row, and is spread over devices as the pairs are.
+        """
+        x = jnp.concatenate([x, x[: -len(x) % self.chunk]])
+        return x.reshape(self.chunk, -1, *x.shape[1:])
 
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
-        Its mean is ∇J for normal E of full rank, and differs by O(1/r) for E of rank r (Theorem 2 of [1]).
+        Its mean is ∇J if E is normal and of full rank. At rank r it differs by O(1/r) if f is
+        smooth, or bounded and the noise has a density, as signs have not (theory/3-convergence.md).
 
         `fitness` is that of `evaluate` with the same key, standardized or not. The sum over the
         members of a chunk is one matrix product, (A ⊙ f) Bᵀ, in at least float32.
@@ -306,36 +335,38 @@ class Eggroll:
         f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
         weights = (f[:, 0] - f[:, 1]) / (f.size * self.sigma)  # (pairs,); the second member has -E
 
-        def add(total, chunk):
-            indices, weights = chunk
-            noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(indices)
+        def total(params, key, weights):
+            def add(total, chunk):
+                indices, weights = chunk
+                noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(indices)
 
-            def leaf(total, e):
-                if isinstance(e, tuple):
-                    w = weights.reshape(-1, *[1] * total.ndim)  # (chunk, 1, ..., 1)
-                    return total + jnp.einsum("p...mr,p...nr->...mn", w * e[0], e[1])
-                return total + jnp.tensordot(weights, e, axes=1)
+                def leaf(total, e):
+                    if isinstance(e, tuple):
+                        w = weights.reshape(-1, *[1] * total.ndim)  # (chunk, 1, ..., 1)
+                        return total + jnp.einsum("p...mr,p...nr->...mn", w * e[0], e[1])
+                    return total + jnp.tensordot(weights, e, axes=1)
 
-            return jax.tree.map(leaf, total, noise), None
+                return jax.tree.map(leaf, total, noise), None
 
-        size = min(self.chunk or len(f), len(f))
-        padding = -len(f) % size  # pairs that do not exist, of weight 0, fill the last chunk
-        weights = jnp.pad(weights, (0, padding)).reshape(-1, size)  # (chunks, chunk)
-        indices = jnp.arange(weights.size).reshape(weights.shape)  # (chunks, chunk)
-        dtype = weights.dtype
-        zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
-        # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the same
-        # noise, and draws it once, which it does not see through a loop.
-        if size == len(f):
-            total, _ = add(zero, (indices[0], weights[0]))
-        else:
-            total, _ = jax.lax.scan(add, zero, (indices, weights))
-        return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, total)
+            dtype = weights.dtype
+            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
+            # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the
+            # same noise, and draws it once, which it does not see through a loop.
+            if self.chunk is None or self.chunk >= len(weights):
+                g, _ = add(zero, (jnp.arange(len(weights)), weights))
+            else:
+                weights = jnp.pad(weights, (0, -len(weights) % self.chunk))  # 0 for what fills up
+                chunks = jnp.arange(len(weights)), weights
+                g, _ = jax.lax.scan(add, zero, jax.tree.map(lambda x: self._columns(x).T, chunks))
+            return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
+
+        out = jax.tree.map(lambda p: on_mesh_of(weights, jax.typeof(p).sharding.spec), params)
+        return jax.sharding.auto_axes(total, out_sharding=out)(params, key, weights)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
-        """One generation, θ ← θ + lr·g with standardized fitness: (new params, fitness as evaluated).
+        """One generation, θ ← θ + lr·g with g from standardized fitness: (new params, fitness).
 
-        Best inside jax.jit, with fitness static. For another optimiser, call the three parts yourself.
+        Best in jax.jit, with fitness static. For another optimiser, call the three parts yourself.
         The noise in g moves every entry by about lr/(σ√N): with fewer members, take a lower lr.
         """
         scores = self.evaluate(fitness, params, key, data)

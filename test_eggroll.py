@@ -5,15 +5,18 @@ sample itself: at 5 a correct program fails one comparison in a million, whateve
 """
 
 import itertools
+import json
 import math
 import os
 import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -714,6 +717,128 @@ def test_chunks_bound_memory(optimized):
     whole = compiled_step(None, pairs=1024)
     memory = [c.memory_analysis().temp_size_in_bytes for c in (small, large, whole)]
     assert memory[1] < 1.5 * memory[0] and memory[1] < memory[2] / 4
+
+
+# Many devices ------------------------------------------------------------------------------------
+
+SHARDED = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from eggroll import Eggroll, mlp, mlp_init, signs
+
+if len(sys.argv) == 3:  # the number of this process, and a port
+    address = f"127.0.0.1:{sys.argv[2]}"
+    jax.distributed.initialize(address, num_processes=2, process_id=int(sys.argv[1]))
+key = jax.random.key(0)
+params = mlp_init(key, (32, 64, 64, 8))
+x = np.asarray(jax.random.normal(key, (256, 4, 32)))  # 256 pairs
+
+def fitness(params, x):
+    return -jnp.mean((mlp(params, x) - jnp.sin(x[:, :8])) ** 2)
+
+def step(chunk):
+    return jax.jit(Eggroll(0.1, 2, signs, chunk).step, static_argnames="fitness")
+
+def numbers(params, scores):
+    return [np.asarray(a).tolist() for a in jax.tree.leaves((params, scores))]
+
+def print_step(chunk, params, data):
+    compiled = step(chunk).lower(fitness, params, key, data, 0.1).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    results = numbers(*compiled(params, key, data, 0.1))
+    print(json.dumps({"numbers": results, "temporary": temporary, "hlo": compiled.as_text()}))
+"""
+
+ON_8_DEVICES = """
+mode, chunk, sharded_params, context = json.loads(sys.argv[1])
+types = (getattr(AxisType, mode),) * 2
+mesh = jax.make_mesh((4, 2) if sharded_params else (8, 1), ("pairs", "model"), axis_types=types)
+data = jax.device_put(x, NamedSharding(mesh, P("pairs")))
+if sharded_params:  # the middle layer, over the axis called model
+    W = NamedSharding(mesh, P(None, "model"))
+    params[1] = {"W": jax.device_put(params[1]["W"], W), "b": params[1]["b"]}
+if context:
+    jax.set_mesh(mesh)
+    step(chunk)(fitness, params, key, data=x, lr=0.1)  # data that is on no mesh
+print_step(chunk, params, data)
+"""
+
+ONE_OF_TWO_PROCESSES = """
+mesh = jax.make_mesh((2,), ("pairs",))
+data = jax.device_put(x, NamedSharding(mesh, P("pairs")))
+new, scores = step(None)(fitness, params, key, data=data, lr=0.1)
+assert jax.process_count() == 2 and not scores.is_fully_addressable
+print(json.dumps(numbers(new, scores.addressable_shards[0].data)))
+"""
+
+
+def start(script, *args, devices=1):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=HERE, env=os.environ | flags, stdout=subprocess.PIPE, text=True
+    )
+
+
+def result(process):
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+def arrays(lists):
+    return [np.array(x) for x in lists]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """One step on one device."""
+    return result(start(SHARDED + "print_step(None, params, x)"))
+
+
+@pytest.mark.parametrize(
+    "mode, context, chunk",
+    [
+        ("Auto", False, None),
+        ("Auto", False, 64),
+        ("Explicit", False, 64),
+        ("Explicit", True, None),
+    ],
+)
+def test_eight_devices_give_the_answer_of_one(mode, context, chunk, single):
+    """All that travels is the update and scalars; each device needs an eighth of the memory."""
+    options = json.dumps((mode, chunk, False, context))
+    got = result(start(SHARDED + ON_8_DEVICES, options, devices=8))
+    close(arrays(got["numbers"]), arrays(single["numbers"]), ulps=300)
+    assert got["temporary"] < 1.3 / 8 * single["temporary"]
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", got["hlo"])
+    assert {kind for _, kind in found} == {"all-reduce"}
+    shapes = [shape for what, _ in found for shape in re.findall(r"\w+\[([\d,]*)\]", what)]
+    sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+    parameters = 32 * 64 + 64 + 64 * 64 + 64 + 64 * 8 + 8
+    assert sum(n for n in sizes if n > 1) == parameters and sizes.count(1) <= 8
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_parameters_may_be_sharded_too(mode, single):
+    options = json.dumps((mode, None, True, False))
+    got = result(start(SHARDED + ON_8_DEVICES, options, devices=8))
+    close(arrays(got["numbers"]), arrays(single["numbers"]), ulps=300)
+
+
+def test_two_processes_give_the_answer_of_one(single):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [start(SHARDED + ONE_OF_TWO_PROCESSES, i, port) for i in range(2)]
+    with ThreadPoolExecutor() as pool:  # both at once, since they wait for each other
+        first, second = map(arrays, pool.map(result, processes))
+    close(first[:-1], second[:-1], ulps=0)
+    *params, scores = arrays(single["numbers"])
+    close(first[:-1], params, ulps=300)
+    close(np.concatenate([first[-1], second[-1]]), scores, ulps=300)
 
 
 # The formulas of theory/: laws of the entries, exact means ----------------------------------------
@@ -1514,6 +1639,9 @@ def test_predictions():
         assert layers * bytes_of_noise(1) == 4 * 10**10 * layers
         assert layers * bytes_of_noise(None) == 2 * 10**14 * layers
         assert scores.size * 4 == 4 * 10**6 and layers * W.size * 4 == 4 * 10**8 * layers
+    for s, beta, stated in (5e14, 5e10, 1.6e5), (5e14, 1e8, 8e7):  # rebuild or all-reduce
+        assert stated == pytest.approx(16 * s / beta)
+        assert update * stated / N / s == pytest.approx(8 * W.size / beta)  # equal times
 
 
 def test_scalars_are_all_that_is_shared():
@@ -1802,11 +1930,15 @@ def test_the_example_in_the_docstring_learns():
 
 def test_the_example_in_the_readme_prints_what_it_says():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, devices = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(code.strip().splitlines()) < 22
     accuracy = float(prints(code).removeprefix("accuracy "))
     stated = float(re.search(r"prints `accuracy (\S+)`", readme)[1])
     assert abs(accuracy - stated) < 0.03
+    *setup, last = devices.strip().splitlines()  # the four lines for many devices
+    sharded = last.split(" = ")[1].split("  #")[0]
+    on_mesh = "\n".join(setup) + "\n" + code.replace("data=(x, inside)", f"data={sharded}")
+    assert abs(float(prints("import jax\n" + on_mesh).removeprefix("accuracy ")) - accuracy) < 0.02
 
 
 def test_the_readme_names_every_option_with_its_default():

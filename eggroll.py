@@ -196,15 +196,19 @@ def standardize(fitness: jax.Array) -> jax.Array:
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
 
 
-def on_mesh_of(x: jax.Array, spec: P) -> Any:
-    """What jax.sharding.auto_axes wants to know of a result: its spec, on the mesh that x is on.
+def automatic(f: Callable, x: jax.Array, specs: Any) -> Callable:
+    """f, run in automatic mode if x is on a mesh in explicit mode; specs are those of f's results.
 
-    In a mesh's explicit mode, vmap wants all its inputs to be sharded alike, and a product over
-    sharded axes a word on the result. auto_axes leaves both to the compiler, as automatic mode
-    does; where there is no mesh it does nothing.
+    In explicit mode, vmap wants all its inputs to be sharded alike, and a product over sharded axes
+    a word on how its result is. Automatic mode leaves both to the compiler.
     """
     sharding = jax.typeof(x).sharding
-    return spec if sharding.mesh.empty else sharding.update(spec=spec)
+    if not sharding.mesh.explicit_axes:
+        return f
+    out = jax.tree.map(
+        lambda spec: sharding.update(spec=spec), specs, is_leaf=lambda spec: isinstance(spec, P)
+    )
+    return jax.sharding.auto_axes(f, out_sharding=out)
 
 
 @partial(
@@ -309,8 +313,8 @@ class Eggroll:
             return f.swapaxes(0, 1).reshape(-1, 2)[:pairs]  # from (chunks, chunk, 2)
 
         x = jax.tree.leaves(data)[0]
-        out = on_mesh_of(x, P(jax.typeof(x).sharding.spec[0]))  # scores lie where their data lie
-        return jax.sharding.auto_axes(scores, out_sharding=out)(params, key, data)  # (pairs, 2)
+        like_data = P(jax.typeof(x).sharding.spec[0])
+        return automatic(scores, x, like_data)(params, key, data)  # (pairs, 2)
 
     def _columns(self, x):
         """(pairs, ...) to (chunk, chunks, ...), filled up with the first pairs: columns are chunks.
@@ -360,8 +364,8 @@ class Eggroll:
                 g, _ = jax.lax.scan(add, zero, jax.tree.map(lambda x: self._columns(x).T, chunks))
             return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
-        out = jax.tree.map(lambda p: on_mesh_of(weights, jax.typeof(p).sharding.spec), params)
-        return jax.sharding.auto_axes(total, out_sharding=out)(params, key, weights)
+        like_params = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
+        return automatic(total, weights, like_params)(params, key, weights)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with g from standardized fitness: (new params, fitness).

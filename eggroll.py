@@ -196,18 +196,17 @@ def standardize(fitness: jax.Array) -> jax.Array:
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
 
 
-def automatic(f: Callable, x: jax.Array, specs: Any) -> Callable:
-    """f, run in automatic mode if x is on a mesh in explicit mode; specs are those of f's results.
+def in_automatic_mode(f: Callable, x: jax.Array, specs: Any) -> Callable:
+    """f, in automatic mode if x is on a mesh in explicit mode; its results are sharded by specs.
 
     In explicit mode, vmap wants all its inputs to be sharded alike, and a product over sharded axes
-    a word on how its result is. Automatic mode leaves both to the compiler.
+    wants to be told how its result is sharded. Automatic mode leaves both to the compiler.
     """
-    sharding = jax.typeof(x).sharding
-    if not sharding.mesh.explicit_axes:
+    on = jax.typeof(x).sharding
+    if not on.mesh.explicit_axes:
         return f
-    out = jax.tree.map(
-        lambda spec: sharding.update(spec=spec), specs, is_leaf=lambda spec: isinstance(spec, P)
-    )
+    # a PartitionSpec is a tuple in some versions of JAX
+    out = jax.tree.map(lambda s: on.update(spec=s), specs, is_leaf=lambda s: isinstance(s, P))
     return jax.sharding.auto_axes(f, out_sharding=out)
 
 
@@ -221,7 +220,8 @@ class Eggroll:
     sigma   noise scale σ > 0, in units of the parameters; may be traced, as by a schedule
     rank    rank r ≥ 1 of the noise; None for full rank, which is ordinary ES [2], the baseline
     draw    entries of the noise, (key, shape, dtype) -> array: normal, uniform, signs or your own
-    chunk   pairs to evaluate at a time, to bound memory; None for all at once
+    chunk   pairs to evaluate at a time, to bound memory; None for all at once. On several devices,
+            a multiple of their number that divides the pairs: otherwise the data must travel.
 
     The methods have these arguments in common:
 
@@ -309,17 +309,20 @@ class Eggroll:
                 return members(xs)
             xs = jax.tree.map(self._columns, xs)  # (chunk, chunks, ...)
             columns = jnp.arange(-(-pairs // self.chunk))
+            # Slices, because mapping over a transpose of xs would copy all of the data.
             f = jax.lax.map(lambda j: members(jax.tree.map(lambda x: x[:, j], xs)), columns)
-            return f.swapaxes(0, 1).reshape(-1, 2)[:pairs]  # from (chunks, chunk, 2)
+            return f.swapaxes(0, 1).reshape(-1, 2)[:pairs]  # undoes _columns
 
-        x = jax.tree.leaves(data)[0]
-        like_data = P(jax.typeof(x).sharding.spec[0])
-        return automatic(scores, x, like_data)(params, key, data)  # (pairs, 2)
+        leaves = jax.tree.leaves(data)
+        x = next((x for x in leaves if jax.typeof(x).sharding.spec[0]), leaves[0])
+        over_pairs = P(jax.typeof(x).sharding.spec[0])
+        return in_automatic_mode(scores, x, over_pairs)(params, key, data)  # (pairs, 2)
 
     def _columns(self, x):
-        """(pairs, ...) to (chunk, chunks, ...), filled up with the first pairs: columns are chunks.
+        """(pairs, ...) to (chunk, chunks, ...), filled up with the first pairs; columns are chunks.
 
-        So a chunk has a pair from every row, and is spread over devices as the pairs are.
+        A chunk has a pair from every row. So if the pairs, in order, are sharded over devices, a
+        chunk has its share of every device.
         """
         x = jnp.concatenate([x, x[: -len(x) % self.chunk]])
         return x.reshape(self.chunk, -1, *x.shape[1:])
@@ -339,33 +342,33 @@ class Eggroll:
         f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
         weights = (f[:, 0] - f[:, 1]) / (f.size * self.sigma)  # (pairs,); the second member has -E
 
-        def total(params, key, weights):
-            def add(total, chunk):
-                indices, weights = chunk
+        def update(params, key, weights):
+            def add(g, chunk):
+                indices, w = chunk
                 noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(indices)
 
-                def leaf(total, e):
+                def leaf(g, e):
                     if isinstance(e, tuple):
-                        w = weights.reshape(-1, *[1] * total.ndim)  # (chunk, 1, ..., 1)
-                        return total + jnp.einsum("p...mr,p...nr->...mn", w * e[0], e[1])
-                    return total + jnp.tensordot(weights, e, axes=1)
+                        fA = w.reshape(-1, *[1] * g.ndim) * e[0]  # (chunk, ..., m, r)
+                        return g + jnp.einsum("p...mr,p...nr->...mn", fA, e[1])
+                    return g + jnp.tensordot(w, e, axes=1)
 
-                return jax.tree.map(leaf, total, noise), None
+                return jax.tree.map(leaf, g, noise), None
 
             dtype = weights.dtype
-            zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
+            g = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
             # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the
             # same noise, and draws it once, which it does not see through a loop.
             if self.chunk is None or self.chunk >= len(weights):
-                g, _ = add(zero, (jnp.arange(len(weights)), weights))
+                g, _ = add(g, (jnp.arange(len(weights)), weights))
             else:
                 weights = jnp.pad(weights, (0, -len(weights) % self.chunk))  # 0 for what fills up
                 chunks = jnp.arange(len(weights)), weights
-                g, _ = jax.lax.scan(add, zero, jax.tree.map(lambda x: self._columns(x).T, chunks))
+                g, _ = jax.lax.scan(add, g, jax.tree.map(lambda x: self._columns(x).T, chunks))
             return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
         like_params = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
-        return automatic(total, weights, like_params)(params, key, weights)
+        return in_automatic_mode(update, weights, like_params)(params, key, weights)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with g from standardized fitness: (new params, fitness).

@@ -733,9 +733,11 @@ if len(sys.argv) == 3:  # the number of this process, and a port
 key = jax.random.key(0)
 params = mlp_init(key, (32, 64, 64, 8))
 x = np.asarray(jax.random.normal(key, (256, 4, 32)))  # 256 pairs
+numbers_of_pairs = np.arange(256)  # which stay on the host
 
-def fitness(params, x):
-    return -jnp.mean((mlp(params, x) - jnp.sin(x[:, :8])) ** 2)
+def fitness(params, example):
+    i, x = example
+    return -jnp.mean((mlp(params, x) - jnp.sin(x[:, :8] + i)) ** 2)
 
 def step(chunk):
     return jax.jit(Eggroll(0.1, 2, signs, chunk).step, static_argnames="fitness")
@@ -754,19 +756,20 @@ ON_8_DEVICES = """
 mode, chunk, sharded_params, context = json.loads(sys.argv[1])
 types = (getattr(AxisType, mode),) * 2
 mesh = jax.make_mesh((4, 2) if sharded_params else (8, 1), ("pairs", "model"), axis_types=types)
-data = jax.device_put(x, NamedSharding(mesh, P("pairs")))
+data = numbers_of_pairs, jax.device_put(x, NamedSharding(mesh, P("pairs")))
 if sharded_params:  # the middle layer, over the axis called model
     W = NamedSharding(mesh, P(None, "model"))
     params[1] = {"W": jax.device_put(params[1]["W"], W), "b": params[1]["b"]}
 if context:
     jax.set_mesh(mesh)
-    step(chunk)(fitness, params, key, data=x, lr=0.1)  # data that is on no mesh
+    step(chunk)(fitness, params, key, (numbers_of_pairs, x), 0.1)  # data that is on no mesh
 print_step(chunk, params, data)
 """
 
 ONE_OF_TWO_PROCESSES = """
 mesh = jax.make_mesh((2,), ("pairs",))
-data = jax.device_put(x, NamedSharding(mesh, P("pairs")))
+over_pairs = NamedSharding(mesh, P("pairs"))
+data = jax.device_put((numbers_of_pairs, x), over_pairs)
 new, scores = step(None)(fitness, params, key, data=data, lr=0.1)
 assert jax.process_count() == 2 and not scores.is_fully_addressable
 print(json.dumps(numbers(new, scores.addressable_shards[0].data)))
@@ -794,7 +797,7 @@ def arrays(lists):
 @pytest.fixture(scope="module")
 def single():
     """One step on one device."""
-    return result(start(SHARDED + "print_step(None, params, x)"))
+    return result(start(SHARDED + "print_step(None, params, (numbers_of_pairs, x))"))
 
 
 @pytest.mark.parametrize(

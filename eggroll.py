@@ -27,7 +27,8 @@ Any function of a pytree of arrays can be trained, here a linear model:
         params, scores = step(fitness, params, new_key, data=(x, x[:, :4]), lr=0.05)
     print(scores.mean())                        # -4 at first, now about -0.4
 
-`python eggroll.py` trains a recurrent network on real text.
+`python eggroll.py` trains a recurrent network on real text, and with `--integer` one whose weights,
+activations, fitness and update are integers.
 
 Letters: N members make the population, N/2 antithetic pairs θ ± σE, θ being all the parameters. A
 weight matrix W is (m, n), from m inputs to n outputs, x @ W. The rank of the noise is r; that of
@@ -42,6 +43,8 @@ Differences from the paper and from the authors' code, and why:
     that a learning rate does not depend on the scale of the fitness.
   - A perturbed matrix is an object that multiplies, `LowRank`, so models need no special layers.
   - The entries of the noise may be random signs: 32 from one random word, and g varies less.
+  - In integers, votes that do not suffice to move a weight are kept for the next step, and the noise
+    is of signs, not from a table of normal numbers.
   - Embeddings and stacks of matrices have low-rank noise too. Vectors have dense noise, as there.
 
 References:
@@ -196,6 +199,14 @@ def standardize(fitness: jax.Array) -> jax.Array:
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), tiny)
 
 
+def paired(fitness: jax.Array) -> jax.Array:
+    """fitness, if its shape is (pairs, 2); else ValueError."""
+    f = jnp.asarray(fitness)
+    if f.ndim != 2 or f.shape[1] != 2 or len(f) < 1:
+        raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
+    return f
+
+
 def in_automatic_mode(f: Callable, x: jax.Array, specs: Any) -> Callable:
     """f, in automatic mode if x is on a mesh in explicit mode; its results are sharded by specs.
 
@@ -208,6 +219,12 @@ def in_automatic_mode(f: Callable, x: jax.Array, specs: Any) -> Callable:
     # a PartitionSpec is a tuple in some versions of JAX
     out = jax.tree.map(lambda s: on.update(spec=s), specs, is_leaf=lambda s: isinstance(s, P))
     return jax.sharding.auto_axes(f, out_sharding=out)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise ValueError unless value is None or an integer of at least 1."""
+    if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
+        raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
 
 
 @partial(
@@ -248,10 +265,8 @@ class Eggroll:
         with contextlib.suppress(TypeError):  # a traced sigma has no value to check
             if not 0 < float(self.sigma) < math.inf:
                 raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
-        for name in "rank", "chunk":
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | np.integer) and value >= 1):
-                raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
+        check_count("rank", self.rank)
+        check_count("chunk", self.chunk)
 
     def noise(self, key: jax.Array, params: Any) -> Any:
         """E of one pair: of a matrix (m, n) the factors (A/√r (m, r), B (n, r)), else an array."""
@@ -301,7 +316,7 @@ class Eggroll:
             # vmap batches only what differs between members. W does not, so `x @ W` is one product
             # for the whole population; noise does not depend on the sign: a pair shares one draw.
             def members(chunk):  # (chunk, 2)
-                both = jnp.array([1.0, -1.0])
+                both = jnp.array([1, -1], jnp.int8)
                 return jax.vmap(lambda s: jax.vmap(partial(member, s))(chunk), out_axes=1)(both)
 
             xs = jnp.arange(pairs), data
@@ -336,13 +351,21 @@ class Eggroll:
         `fitness` is that of `evaluate` with the same key, standardized or not. The sum over the
         members of a chunk is one matrix product, (A ⊙ f) Bᵀ, in at least float32.
         """
-        f = jnp.asarray(fitness)
-        if f.ndim != 2 or f.shape[1] != 2 or len(f) < 1:
-            raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
+        f = paired(fitness)
         f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
         weights = (f[:, 0] - f[:, 1]) / (f.size * self.sigma)  # (pairs,); the second member has -E
+        g = self._sum(params, key, weights)
+        return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
-        def update(params, key, weights):
+    def _sum(self, params, key, weights):
+        """Σ weights[i] Eᵢ over the pairs, like params, but at least in float32 or int32."""
+
+        def total(params, key, weights):
+            def zeros(p):
+                return jnp.zeros(
+                    p.shape, jnp.int32 if p.dtype == jnp.int8 else jnp.result_type(p, weights)
+                )
+
             def add(g, chunk):
                 indices, w = chunk
                 noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(indices)
@@ -350,25 +373,24 @@ class Eggroll:
                 def leaf(g, e):
                     if isinstance(e, tuple):
                         fA = w.reshape(-1, *[1] * g.ndim) * e[0]  # (chunk, ..., m, r)
-                        return g + jnp.einsum("p...mr,p...nr->...mn", fA, e[1])
-                    return g + jnp.tensordot(w, e, axes=1)
+                        return g + jnp.einsum(
+                            "p...mr,p...nr->...mn", fA, e[1], preferred_element_type=g.dtype
+                        )
+                    return g + jnp.tensordot(w, e, axes=1, preferred_element_type=g.dtype)
 
                 return jax.tree.map(leaf, g, noise), None
 
-            dtype = weights.dtype
-            g = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, dtype)), params)
+            g = jax.tree.map(zeros, params)
             # One chunk takes no loop. Then, in one jit with `evaluate`, XLA sees that both draw the
             # same noise, and draws it once, which it does not see through a loop.
             if self.chunk is None or self.chunk >= len(weights):
-                g, _ = add(g, (jnp.arange(len(weights)), weights))
-            else:
-                weights = jnp.pad(weights, (0, -len(weights) % self.chunk))  # 0 for what fills up
-                chunks = jnp.arange(len(weights)), weights
-                g, _ = jax.lax.scan(add, g, jax.tree.map(lambda x: self._columns(x).T, chunks))
-            return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
+                return add(g, (jnp.arange(len(weights)), weights))[0]
+            weights = jnp.pad(weights, (0, -len(weights) % self.chunk))  # 0 for what fills up
+            chunks = jnp.arange(len(weights)), weights
+            return jax.lax.scan(add, g, jax.tree.map(lambda x: self._columns(x).T, chunks))[0]
 
         like_params = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
-        return in_automatic_mode(update, weights, like_params)(params, key, weights)
+        return in_automatic_mode(total, weights, like_params)(params, key, weights)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with g from standardized fitness: (new params, fitness).
@@ -457,6 +479,235 @@ def sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int
 
 
 # -------------------------------------------------------------------------------------------------
+# Integers: the same three steps without a float (Sec. 6.1, Appendices C and D of [1])
+# -------------------------------------------------------------------------------------------------
+
+# Fixed point with 4 fractional bits: the int8 i, from -127 to 127, stands for the number i/16.
+
+
+def saturate(x: jax.Array) -> jax.Array:
+    """x, clipped to -127 … 127, as int8: the one nonlinearity of the integer model."""
+    return jnp.clip(x, -127, 127).astype(jnp.int8)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["sigma", "chunk"])
+@dataclass(frozen=True)
+class IntEggroll:
+    """`Eggroll` in integers: noise, forward, fitness and update know no other numbers.
+
+    sigma   noise scale, an integer of 1 to 127 sixteenths: 2 stands for σ = 1/8
+    chunk   as in Eggroll
+
+    The leaves of params are int8, the fitness is int32. The entries of the noise, of rank 1, are
+    signs, so a member W ± σ a bᵀ is a matrix of integers, and `dot(x, member)` is exact.
+
+    Raises as Eggroll does.
+    """
+
+    sigma: int = 2
+    chunk: int | None = None
+
+    def __post_init__(self):
+        if not (isinstance(self.sigma, int | np.integer) and 1 <= self.sigma <= 127):
+            raise ValueError(f"sigma must be an integer from 1 to 127, got {self.sigma!r}")
+        check_count("chunk", self.chunk)
+
+    # Neither depends on the kind of numbers.
+    evaluate, _columns, _sum = Eggroll.evaluate, Eggroll._columns, Eggroll._sum
+
+    def noise(self, key: jax.Array, params: Any) -> Any:
+        """E of one pair, signs in int8: of a matrix (m, n) a (m, 1) and b (n, 1), else an array."""
+        leaves, treedef = jax.tree.flatten_with_path(params)
+        noise = []
+        for i, (path, p) in enumerate(leaves):
+            if getattr(p, "dtype", None) != jnp.int8:
+                raise TypeError(f"params{jax.tree_util.keystr(path)} must be int8, got {p!r}")
+            leaf_key = jax.random.fold_in(key, i)
+            if p.ndim < 2:
+                noise.append(signs(leaf_key, p.shape, jnp.int8))
+                continue
+            *stack, m, n = p.shape
+            ab = signs(leaf_key, (*stack, m + n, 1), jnp.int8)
+            noise.append((ab[..., :m, :], ab[..., m:, :]))
+        return treedef.unflatten(noise)
+
+    def perturb(self, params: Any, noise: Any, sign: int = 1) -> Any:
+        """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
+        scale = jnp.int8(sign * self.sigma)
+
+        def leaf(p, e):
+            if isinstance(e, tuple):
+                return LowRank(p, scale * e[0], e[1])
+            return saturate(p.astype(jnp.int32) + scale * e)
+
+        return jax.tree.map(leaf, params, noise)
+
+    def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
+        """Votes Σ sign(f₊ - f₋) E over the pairs, int32, like params: no more than the pairs.
+
+        One int8 product a matrix. A vote that is due to chance has mean 0 and variance 1.
+        """
+        f = paired(fitness)
+        return self._sum(params, key, jnp.sign(f[:, 0] - f[:, 1]).astype(jnp.int8))
+
+    def step(
+        self, fitness: Callable, params: Any, votes: Any, key: jax.Array, data: Any, threshold: int
+    ) -> tuple[Any, Any, jax.Array]:
+        """One generation: (new params, new votes, fitness).
+
+        Where the votes collected so far reach the threshold, the weight moves by one, a sixteenth,
+        and the threshold is taken from the votes. With zeros for votes in every step this is the
+        paper's update, which forgets what did not suffice.
+        """
+        scores = self.evaluate(fitness, params, key, data)
+        votes = jax.tree.map(jnp.add, votes, self.gradient(params, key, scores))
+        moves = jax.tree.map(lambda v: jnp.sign(v) * (jnp.abs(v) >= threshold), votes)
+        params = jax.tree.map(lambda p, d: saturate(p.astype(jnp.int32) + d), params, moves)
+        return params, jax.tree.map(lambda v, d: v - threshold * d, votes, moves), scores
+
+
+def dot(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
+    """x M in int32: x (..., m) and M (m, n) in int8, to (..., n)."""
+    if isinstance(M, LowRank):
+        return dot(x, M.W) + dot(x, M.A) @ M.B.mT.astype(jnp.int32)  # (..., n)
+    return jnp.matmul(x, M, preferred_element_type=jnp.int32)
+
+
+def product(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
+    """x M/√m in fixed point: x (..., m) in int8, M (m, n) with m ≤ 1024, to (..., n) in int32."""
+    if x.shape[-1] > 1024:
+        raise ValueError(f"x must have at most 1024 entries, or int32 overflows, got {x.shape}")
+    return dot(x, M) * round(2**11 / math.sqrt(x.shape[-1])) >> 15  # 15 = 11 + 4
+
+
+def rows(M: jax.Array | LowRank, i: jax.Array) -> jax.Array:
+    """M[i] in int8: of M (m, n), to (*i.shape, n)."""
+    if isinstance(M, LowRank):
+        return saturate(M.W[i].astype(jnp.int32) + M.A[i] @ M.B.mT)
+    return M[i]
+
+
+def l1_norm(x: jax.Array) -> jax.Array:
+    """x divided by its mean absolute value, in fixed point: (n,) int8 to (n,) int8."""
+    x = x.astype(jnp.int32)
+    return saturate(x * ((len(x) << 12) // jnp.maximum(jnp.sum(jnp.abs(x)), 1)) >> 8)
+
+
+def residual(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y, saturated: (n,) int8 each, to (n,) int8."""
+    x = saturate(x + y.astype(jnp.int32))
+    # XLA recomputes a sum wherever it is used, and so the whole network in every layer. A product
+    # it computes once: this one with the identity makes two layers on a CPU 1.6 times faster.
+    return dot(x, jnp.eye(len(x), dtype=jnp.int8)).astype(jnp.int8)
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """2^(x/16), of int8 x, in int32 and units of 2⁻¹⁶, within 0.31 %."""
+    x = x.astype(jnp.int32)
+    f = x & 15  # x/16 has the fraction f/16
+    return 256 + (f * (174 + 5 * f) >> 4) << (x >> 4) + 8  # 2^(f/16) by a polynomial
+
+
+def spare_bits(vocab: int) -> int:
+    """By how many bits to shift `vocab` results of `exp2`, so that their sum fits into int32."""
+    return max(0, (vocab - 1).bit_length() - 7)  # 2⁷ of them do, each being less than 2²⁴
+
+
+LOG2 = np.round(256 * np.log2(1 + (np.arange(256) + 0.5) / 256)).astype(np.int32)  # (256,)
+
+
+def log2(x: jax.Array) -> jax.Array:
+    """log₂ x, of positive int32 x, in int32 and units of 2⁻⁸, within 0.005 (about one unit)."""
+    zeros = jax.lax.clz(x)
+    fraction = jax.lax.shift_right_logical(x << zeros, 23) & 255  # 8 bits after the leading one
+    return (31 - zeros << 8) + jnp.asarray(LOG2)[fraction]
+
+
+def int_rnn_init(
+    key: jax.Array, vocab: int, hidden: int, layers: int = 1, mlp: bool = False
+) -> dict[str, Any]:
+    """Parameters for `int_rnn` in int8: round(16 N(0, 1)), and zero for head and biases."""
+    shapes = {name: (hidden, hidden) for name in ("Wf", "Uf", "Wh", "Uh")}
+    if mlp:
+        shapes |= {"W1": (hidden, 4 * hidden), "W2": (4 * hidden, hidden)}
+
+    def draw(key, shape):
+        return saturate(jnp.round(16 * normal(key, shape)))
+
+    def layer(key):
+        keys = jax.random.split(key, len(shapes))
+        biases = {name: jnp.zeros(hidden, jnp.int8) for name in ("bf", "bh")}
+        return {n: draw(k, shapes[n]) for n, k in zip(shapes, keys, strict=True)} | biases
+
+    key_emb, *keys = jax.random.split(key, 1 + layers)
+    return {
+        "emb": draw(key_emb, (vocab, hidden)),
+        "layers": [layer(key) for key in keys],
+        "head": jnp.zeros((hidden, vocab), jnp.int8),
+    }
+
+
+def int_rnn(params: dict[str, Any], s: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Read a token: (memory s (layers, hidden), token ()) to (new s, logits (vocab,)), all int8.
+
+    The paper's network: in every layer a gated unit, with the gate f from -127, closed, to 127,
+
+        f = sat(x Wf + s Uf + bf)    g = (f + 127)/256    c = sat(x Wh + (g s) Uh + bh)
+        s <- s + g (c - s)
+
+    and, if there are W1 and W2, (x W1) W2. Each reads the normed x and adds its result to x.
+    """
+    x = rows(params["emb"], token)  # (hidden,)
+    new_s = []
+    for old, p in zip(s, params["layers"], strict=True):
+        y = l1_norm(x)  # (hidden,), like all that follows
+        gate = saturate(product(y, p["Wf"]) + product(old, p["Uf"]) + p["bf"]) + jnp.int32(127)
+        kept = saturate(gate * old >> 8)
+        new = saturate(product(y, p["Wh"]) + product(kept, p["Uh"]) + p["bh"])
+        new = saturate(old + (gate * (new - old.astype(jnp.int32)) >> 8))
+        x = residual(x, new)
+        if "W1" in p:
+            y = saturate(product(l1_norm(x), p["W1"]))  # (4 hidden,)
+            x = residual(x, product(y, p["W2"]))
+        new_s.append(new)
+    return jnp.stack(new_s), saturate(product(l1_norm(x), params["head"]))
+
+
+def int_log_likelihood(params: dict[str, Any], text: jax.Array) -> jax.Array:
+    """Sum of log₂ p(next token) over text (length + 1,), int32 in units of 2⁻⁸ bits.
+
+    p is proportional to 2^(logit/16); the memory is empty at first. Up to 340,000 tokens.
+    """
+    vocab, hidden = params["emb"].shape
+    spare = spare_bits(vocab)
+
+    def read(s, tokens):
+        token, next_token = tokens
+        s, logits = int_rnn(params, s, token)
+        total = log2(jnp.sum(exp2(logits) >> spare)) + (spare - 16 << 8)
+        return s, (logits[next_token].astype(jnp.int32) << 4) - total
+
+    s = jnp.zeros((len(params["layers"]), hidden), jnp.int8)
+    return jnp.sum(jax.lax.scan(read, s, (text[:-1], text[1:]))[1])
+
+
+def int_sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int) -> jax.Array:
+    """Let the model write `length` tokens after the given one: (length,)."""
+
+    vocab, hidden = params["emb"].shape
+
+    def write(carry, key):
+        s, logits = int_rnn(params, *carry)
+        heights = jnp.cumsum(exp2(logits) >> spare_bits(vocab))  # (vocab,)
+        token = jnp.sum(heights <= jax.random.randint(key, (), 0, heights[-1]), dtype=jnp.int32)
+        return (s, token), token
+
+    s = jnp.zeros((len(params["layers"]), hidden), jnp.int8)
+    carry = s, jnp.asarray(token, jnp.int32)
+    return jax.lax.scan(write, carry, jax.random.split(key, length))[1]
+
+
+# -------------------------------------------------------------------------------------------------
 # Command line: train the RNN on text
 # -------------------------------------------------------------------------------------------------
 
@@ -488,6 +739,8 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     draws = {"signs": signs, "normal": normal, "uniform": uniform}
+    for_integers = {"population": 4096, "sigma": 0.125, "lr": 1.0, "length": 32}
+    instead = ", ".join(f"{name} {value}" for name, value in for_integers.items())
     add = parser.add_argument
     add("--text", metavar="FILE", type=os.path.abspath, help="UTF-8 text; None: pydoc_data.topics")
     add("--seconds", type=float, default=60, help="how long to train, from now on")
@@ -499,10 +752,16 @@ def main() -> None:
     add("--lr", type=float, default=0.5, help="learning rate for 8192 members, in the beginning")
     add("--hidden", type=int, default=32, help="units of memory of the RNN")
     add("--length", type=int, default=16, help="characters that a member predicts")
+    add("--integer", action="store_true", help=f"integers only; {instead} unless given")
+    add("--layers", type=int, default=1, help="layers of the integer RNN")
+    add("--mlp", action="store_true", help="two more matrices in each of these layers")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--save", metavar="FILE", help="checkpoint to write every two seconds and at the end")
     add("--resume", metavar="FILE", help="checkpoint to continue, with its options unless given")
     args = parser.parse_args()
+    if args.integer:
+        parser.set_defaults(**for_integers)
+        args = parser.parse_args()
     if args.resume:
         with refusing(f"resume {args.resume}"), open(args.resume, "rb") as file:
             if not zipfile.is_zipfile(file):
@@ -516,13 +775,27 @@ def main() -> None:
     with refusing("use these options"):
         if args.rank != "full" and not (args.rank.isdecimal() and int(args.rank)):
             raise ValueError(f"--rank must be full or a number of at least 1, got {args.rank}")
-        es = Eggroll(args.sigma, None if args.rank == "full" else int(args.rank), draws[args.noise])
+        if not args.integer:
+            if args.layers != 1 or args.mlp:
+                raise ValueError("--layers and --mlp are for --integer")
+            rank = None if args.rank == "full" else int(args.rank)
+            es = Eggroll(args.sigma, rank, draws[args.noise])
+        elif (args.rank, args.noise) != ("1", "signs"):
+            raise ValueError("--integer has --rank 1 and --noise signs")
+        elif args.sigma * 16 not in range(1, 128):
+            raise ValueError(f"--sigma must be 1 to 127 sixteenths, got {args.sigma}")
+        else:
+            es = IntEggroll(int(args.sigma * 16))
         if args.population < 2 or args.population % 2:
             raise ValueError(f"--population must be even and at least 2, got {args.population}")
-        if min(args.hidden, args.length) < 1:
-            raise ValueError(f"--hidden {args.hidden}, --length {args.length}: at least 1 each")
-        if not math.isfinite(args.lr):
-            raise ValueError(f"--lr must be finite, got {args.lr}")
+        if args.integer and args.hidden * (4 if args.mlp else 1) > 1024:
+            raise ValueError(
+                f"--hidden may be 1024 with --integer, 256 with --mlp, got {args.hidden}"
+            )
+        if (least := min(args.hidden, args.length, args.layers)) < 1:
+            raise ValueError(f"--hidden, --length and --layers must be at least 1, got {least}")
+        if not math.isfinite(args.lr) or (args.integer and args.lr <= 0):
+            raise ValueError(f"--lr must be finite, and with --integer positive, got {args.lr}")
     with refusing(f"learn {args.text}"):
         text = "\n\n".join(pydoc_data.topics.topics.values())
         if args.text:
@@ -537,15 +810,32 @@ def main() -> None:
     windows = test[: len(test) // window * window].reshape(-1, window)
 
     key_init, key_train, key_sample = jax.random.split(jax.random.key(args.seed), 3)
-    params, step, seconds = rnn_init(key_init, len(alphabet), args.hidden), 0, 0.0
+    pairs, step, seconds = args.population // 2, 0, 0.0
+    if args.integer:
+        params = int_rnn_init(key_init, len(alphabet), args.hidden, args.layers, args.mlp)
+        votes = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+        state, fitness, write = {"params": params, "votes": votes}, int_log_likelihood, int_sample
+    else:
+        state = {"params": rnn_init(key_init, len(alphabet), args.hidden)}
+        write = sample
+
+        def fitness(params, example):
+            return -bits_per_char(params, example)
+
+    def named(state):
+        leaves, treedef = jax.tree.flatten_with_path(state)
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        return dict(zip(names, [leaf for _, leaf in leaves], strict=True)), treedef
+
     if args.resume:
         with refusing(f"resume {args.resume}"):
             if not np.array_equal(saved["alphabet"], alphabet):
                 raise ValueError("it knows other characters than the text")
-            for name, p in params.items():
+            leaves, treedef = named(state)
+            for name, p in leaves.items():
                 if saved[name].shape != p.shape:
                     raise ValueError(f"{name} must have shape {p.shape}, got {saved[name].shape}")
-            params = {name: jnp.asarray(saved[name]) for name in params}
+            state = treedef.unflatten([jnp.asarray(saved[name]) for name in leaves])
             step, seconds = int(saved["step"]), float(saved["seconds"])
 
     def save():
@@ -553,26 +843,33 @@ def main() -> None:
             run = {"step": step, "seconds": seconds, "alphabet": alphabet, "options": options}
             with refusing(f"save {args.save}"):
                 with open(f"{args.save}.tmp", "wb") as file:
-                    np.savez(file, **params, **run)
+                    np.savez(file, **named(state)[0], **run)
                     os.fsync(file.fileno())
                 os.replace(f"{args.save}.tmp", args.save)  # atomic: the old file or the new, whole
 
-    def fitness(params, example):
-        return -bits_per_char(params, example)
-
-    @jax.jit
-    def train_step(params, step, train):
-        key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
-        last = len(train) - args.length
-        starts = jax.random.randint(key_data, (args.population // 2, 1), 0, last)  # (pairs, 1)
-        examples = train[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
+    def rate(step):
+        if args.integer:  # the threshold: 1/lr standard deviations of a step's votes, then more
+            return jnp.int32(min(math.ceil((1 + step / 600) * math.sqrt(pairs) / args.lr), 2**30))
         lr = args.lr * math.sqrt(args.population / 8192)  # noise moves a weight by lr/(σ√N)
-        params, scores = es.step(fitness, params, key_noise, examples, lr / (1 + step / 600))
-        return params, -jnp.mean(scores)
+        return jnp.float32(lr / (1 + step / 600))
 
     @jax.jit
-    def test_bits(params, windows):
-        return jnp.mean(jax.vmap(partial(bits_per_char, params))(windows))
+    def train_step(state, step, rate, train):
+        key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
+        starts = jax.random.randint(key_data, (pairs, 1), 0, len(train) - args.length)
+        examples = train[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
+        *new, scores = es.step(fitness, *state.values(), key_noise, examples, rate)
+        return dict(zip(state, new, strict=True)), scores
+
+    @jax.jit
+    def test_scores(params, windows):
+        return jax.vmap(partial(fitness, params))(windows)
+
+    def bits(scores, length):  # integers are sums, in units of 2⁻⁸ bits
+        return -np.mean(scores) / (256 * length if args.integer else 1)
+
+    def test_bits():
+        return bits(test_scores(state["params"], windows), window - 1)
 
     interrupts = []
 
@@ -582,19 +879,19 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     save()  # already now, so that a bad --save is refused before the work
-    size = sum(p.size for p in params.values())
+    size = sum(p.size for p in jax.tree.leaves(state["params"]))
     print(f"{len(train):,} characters to learn, {len(test):,} held out, {len(alphabet)} different")
     print(f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}")
     clock = time.perf_counter()
-    train_step = train_step.lower(params, jnp.int32(step), train).compile()
-    test_bits(params, windows).block_until_ready()
+    train_step = train_step.lower(state, jnp.int32(step), rate(step), train).compile()
+    test_bits()
     print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
 
     done, elapsed, reported, earlier = 0, 0.0, 0.0, seconds
     clock = time.perf_counter()
     while not interrupts and (elapsed < args.seconds if args.steps is None else done < args.steps):
-        params, bits = train_step(params, jnp.int32(step), train)
-        bits.block_until_ready()
+        state, scores = train_step(state, jnp.int32(step), rate(step), train)
+        scores.block_until_ready()
         done, step, elapsed = done + 1, step + 1, time.perf_counter() - clock
         seconds = earlier + elapsed
         if elapsed - reported > 2:
@@ -605,17 +902,17 @@ def main() -> None:
                 left = elapsed / done * (args.steps - done)
             speed = done * args.population * args.length / elapsed
             print(
-                f"step {step:6,}   bits/char: members {bits:.2f}, "
-                f"held-out {test_bits(params, windows):.2f}   "
+                f"step {step:6,}   bits/char: members {bits(scores, args.length):.2f}, "
+                f"held-out {test_bits():.2f}   "
                 f"{speed / 1e6:.2f} million characters/s   {max(left, 0):.0f} s left",
                 flush=True,
             )
     save()
-    written = alphabet[sample(params, key_sample, train[0], 300)]  # (300,)
+    written = alphabet[write(state["params"], key_sample, train[0], 300)]  # (300,)
     sys.stdout.reconfigure(errors="replace")  # of characters that the terminal cannot show
     print("\n" + "".join(map(chr, written)) + "\n")
     print(
-        f"held-out {test_bits(params, windows):.2f} bits/char after {seconds:.0f} s "
+        f"held-out {test_bits():.2f} bits/char after {seconds:.0f} s "
         f"(unigram {unigram:.2f}, bigram {bigram:.2f})"
     )
 

@@ -1746,6 +1746,431 @@ def test_sample_follows_the_distribution_of_the_model():
     assert_mean(surprise - entropy, 0)
 
 
+# Integers -----------------------------------------------------------------------------------------
+
+
+def sat(x):
+    return np.clip(x, -127, 127)
+
+
+def whole(tree):
+    """Dense members or parameters, as int64."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.int64), tree)
+
+
+def whole_member(params, noise, sign, sigma):
+    """θ + sign·σ·E in int64, formed outside the class; vectors saturate, matrices need not."""
+
+    def leaf(p, e):
+        p = np.asarray(p).astype(np.int64)
+        if isinstance(e, tuple):
+            a, b = whole(e)
+            return p + sign * sigma * a @ b.swapaxes(-1, -2)
+        return sat(p + sign * sigma * whole(e))
+
+    return jax.tree.map(leaf, params, noise)
+
+
+def whole_product(x, M):
+    return [
+        math.floor(int(sum(x * M[:, j])) * round(2048 / math.sqrt(len(x))) / 2**15)
+        for j in range(M.shape[1])
+    ]
+
+
+def whole_norm(x):
+    scale = 4096 * len(x) // max(int(np.abs(x).sum()), 1)
+    return sat(np.array([math.floor(int(v) * scale / 256) for v in x]))
+
+
+def whole_gate(f, s):
+    """(f + 127)/256 of s, rounded down."""
+    return np.array([math.floor((int(a) + 127) * int(b) / 256) for a, b in zip(f, s, strict=True)])
+
+
+def whole_logits(params, text):
+    """Logits (len(text), vocab) of the network as int_rnn's docstring has it, in slow integers."""
+    memory = [np.zeros(params["emb"].shape[1], np.int64) for _ in params["layers"]]
+    logits = []
+    for token in text:
+        x = sat(params["emb"][token])
+        for i, p in enumerate(params["layers"]):
+            s, y = memory[i], whole_norm(x)
+            f = sat(np.add(whole_product(y, p["Wf"]), whole_product(s, p["Uf"])) + p["bf"])
+            kept = whole_gate(f, s)
+            c = sat(np.add(whole_product(y, p["Wh"]), whole_product(kept, p["Uh"])) + p["bh"])
+            memory[i] = sat(s + whole_gate(f, c - s))
+            x = sat(x + memory[i])
+            if "W1" in p:
+                y = sat(whole_product(whole_norm(x), p["W1"]))
+                x = sat(x + whole_product(y, p["W2"]))
+        logits.append(sat(whole_product(whole_norm(x), params["head"])))
+    return np.array(logits)
+
+
+def whole_log_likelihood(params, text):
+    """Sum of log₂ p(next) in units of 2⁻⁸, with the powers of two in Python's whole numbers."""
+    total, vocab = 0, len(params["emb"])
+    spare = max(0, math.ceil(math.log2(vocab)) - 7)
+    for logits, next_token in zip(whole_logits(params, text[:-1]), text[1:], strict=True):
+        powers = [
+            (256 + (l % 16) * (174 + 5 * (l % 16)) // 16) * 2 ** (l // 16 + 8) // 2**spare
+            for l in map(int, logits)
+        ]
+        z = sum(powers)
+        bits = z.bit_length() - 1
+        fraction = (z << 8 >> bits) - 256  # the 8 bits after the leading one
+        log = round(256 * math.log2(1 + (fraction + 0.5) / 256))
+        total += 16 * int(logits[next_token]) - (256 * (bits + spare - 16) + log)
+    return total
+
+
+NETWORKS = {  # vocab, hidden, layers, mlp
+    "one layer": (7, 8, 1, False),
+    "two layers": (5, 6, 2, False),
+    "with an MLP": (5, 4, 2, True),
+    "large alphabet": (300, 4, 1, False),
+}
+
+
+def int_params(name="one layer", key=KEY):
+    """Random everywhere, so that no leaf is without effect."""
+    params = eggroll.int_rnn_init(key, *NETWORKS[name])
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [
+            jax.random.randint(k, p.shape, -40, 41).astype(jnp.int8)
+            for k, p in zip(keys, leaves, strict=True)
+        ]
+    )
+
+
+def int_text(vocab, *shape, seed=0):
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("m, n", [(4, 3), (32, 5), (33, 2)])
+def test_products_of_integers_are_those_of_dense_members(m, n):
+    rng = np.random.default_rng(0)
+    W = jnp.asarray(rng.integers(-127, 128, (m, n)), jnp.int8)
+    x = jnp.asarray(rng.integers(-127, 128, (6, m)), jnp.int8)
+    es = eggroll.IntEggroll(sigma=5)
+    noise = es.noise(KEY, W)
+    for sign in 1, -1:
+        M, dense_M = es.perturb(W, noise, sign), whole_member(W, noise, sign, 5)
+        np.testing.assert_array_equal(eggroll.dot(x, M), whole(x) @ dense_M)
+        expected = [whole_product(row, dense_M) for row in whole(x)]
+        np.testing.assert_array_equal(eggroll.product(x, M), expected)
+        close = np.abs(expected - whole(x) @ dense_M / (16 * math.sqrt(m)))
+        scale = round(2048 / math.sqrt(m)) / (2048 / math.sqrt(m))
+        bound = 1 + abs(scale - 1) * np.abs(whole(x) @ dense_M / (16 * math.sqrt(m)))
+        assert (close <= bound + 1e-9).all() and abs(scale - 1) < 2**-7
+        i = jnp.array([[0, m - 1]])
+        np.testing.assert_array_equal(eggroll.rows(M, i), sat(dense_M[np.array(i)]))
+    np.testing.assert_array_equal(eggroll.rows(W, i), W[i])
+    np.testing.assert_array_equal(eggroll.dot(x, W), whole(x) @ whole(W))
+
+
+def test_the_norm_divides_by_the_mean_absolute_value():
+    rng = np.random.default_rng(0)
+    for scale in 1, 10, 127:
+        x = rng.integers(-scale, scale + 1, 24)
+        got = eggroll.l1_norm(jnp.asarray(x, jnp.int8))
+        np.testing.assert_array_equal(got, whole_norm(x))
+        # the quotient in it is rounded down to a multiple of 2⁻⁸, and the result to a whole number
+        exact = 16 * x / np.abs(x).mean()
+        assert (np.abs(sat(exact) - got) <= 1 + np.abs(x) / 256).all()
+    np.testing.assert_array_equal(eggroll.l1_norm(jnp.zeros(5, jnp.int8)), np.zeros(5))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("sign", [0, 1, -1])
+def test_the_integer_network_is_the_slow_one_bit_for_bit(name, sign):
+    params, es = int_params(name), eggroll.IntEggroll(sigma=3)
+    text = int_text(NETWORKS[name][0], 9)
+    noise = es.noise(KEY, params)
+    member = es.perturb(params, noise, sign) if sign else params
+    slow = whole_member(params, noise, sign, 3)
+    s = jnp.zeros((NETWORKS[name][2], NETWORKS[name][1]), jnp.int8)
+    _, logits = jax.lax.scan(partial(eggroll.int_rnn, member), s, jnp.asarray(text))
+    assert logits.dtype == jnp.int8
+    np.testing.assert_array_equal(logits, whole_logits(slow, text))
+    got = eggroll.int_log_likelihood(member, jnp.asarray(text))
+    assert got.dtype == jnp.int32 and got == whole_log_likelihood(slow, text)
+
+
+def test_powers_and_logarithms_within_their_errors():
+    x = np.arange(-128, 128)
+    got = np.asarray(eggroll.exp2(jnp.asarray(x, jnp.int8)), np.float64)
+    assert np.abs(got / 2.0 ** (x / 16 + 16) - 1).max() < 0.0031
+    z = np.concatenate([np.arange(1, 2**17), 2 ** np.arange(31) - 1, 2 ** np.arange(31)])
+    z = np.concatenate([z, np.random.default_rng(0).integers(1, 2**31, 10**5)])
+    z = z[z > 0].astype(np.int32)
+    got = np.asarray(eggroll.log2(jnp.asarray(z)), np.float64) / 256
+    assert np.abs(got - np.log2(z)).max() < 0.005
+    assert 2**7 * int(eggroll.exp2(jnp.int8(127))) < 2**31
+    for vocab in 1, 128, 129, 300, 100_000:
+        assert vocab * (int(eggroll.exp2(jnp.int8(127))) >> eggroll.spare_bits(vocab)) < 2**31
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_likelihood_is_that_of_a_softmax(name):
+    """Within 0.31 % of the powers, 0.005 of the logarithm, and what the spare bits cut off."""
+    params = int_params(name)
+    vocab = NETWORKS[name][0]
+    text = int_text(vocab, 30)
+    logits = whole_logits(whole(params), text[:-1]) / 16
+    exact = logits[np.arange(29), text[1:]] - np.log2(np.sum(2.0**logits, axis=1))
+    got = float(eggroll.int_log_likelihood(params, jnp.asarray(text))) / 256
+    smallest = 2.0 ** (logits.min() + 16)
+    cut = (2 ** eggroll.spare_bits(vocab) - 1) / smallest
+    assert abs(got - exact.sum()) < 29 * (math.log2(1 + 0.0031 + cut) + 0.005)
+
+
+@pytest.mark.parametrize("value", [127, -127])
+@pytest.mark.parametrize("shape", [(3, 1024, 1, False), (3, 256, 1, True), (130, 8, 2, True)])
+def test_nothing_overflows_at_the_extremes(value, shape):
+    """The widest networks allowed, all weights and all noise as large as they can be."""
+    params = jax.tree.map(lambda p: jnp.full_like(p, value), eggroll.int_rnn_init(KEY, *shape))
+    es = eggroll.IntEggroll(sigma=127)
+    text = int_text(shape[0], 4)
+    for same in 1, -1:  # E all 1, or all -1
+        noise = jax.tree.map(jnp.ones_like, es.noise(KEY, params))
+        member = es.perturb(params, noise, same)
+        slow = whole_member(params, noise, same, 127)
+        got = eggroll.int_log_likelihood(member, jnp.asarray(text))
+        assert got == whole_log_likelihood(slow, text)
+    with pytest.raises(ValueError, match="at most 1024 entries"):
+        eggroll.product(jnp.zeros(1025, jnp.int8), jnp.zeros((1025, 2), jnp.int8))
+
+
+def test_integer_noise_is_of_signs_and_differs_between_leaves_pairs_and_keys():
+    params = {"a": jnp.zeros((64, 64), jnp.int8), "b": jnp.zeros((64, 64), jnp.int8)}
+    params |= {"v": jnp.zeros(64, jnp.int8), "stack": jnp.zeros((2, 64, 64), jnp.int8)}
+    es = eggroll.IntEggroll()
+    factors = [
+        np.asarray(leaf, np.int64).ravel()
+        for key in [jax.random.fold_in(KEY, 0), jax.random.fold_in(KEY, 1), jax.random.key(1)]
+        for leaf in jax.tree.leaves(es.noise(key, params))
+    ]
+    assert {f.size for f in factors} == {64, 128} and all(set(f) == {-1, 1} for f in factors)
+    for x, y in itertools.combinations(factors, 2):
+        size = min(x.size, y.size)
+        assert abs(x[:size] @ y[:size]) < SE * math.sqrt(size)
+
+
+def test_integer_evaluate_and_gradient_are_a_loop_over_dense_members():
+    params, es = int_params(), eggroll.IntEggroll(sigma=4)
+    text = int_text(7, 12, 6)
+    scores = es.evaluate(eggroll.int_log_likelihood, params, KEY, jnp.asarray(text))
+    noises = [es.noise(jax.random.fold_in(KEY, i), params) for i in range(12)]
+    expected = [
+        [whole_log_likelihood(whole_member(params, e, sign, 4), t) for sign in (1, -1)]
+        for e, t in zip(noises, text, strict=True)
+    ]
+    np.testing.assert_array_equal(scores, expected)
+    votes = es.gradient(params, KEY, scores)
+    f = np.sign(np.subtract(*np.transpose(expected)))
+    assert set(f) >= {-1, 1}
+    full = [whole_member(jax.tree.map(jnp.zeros_like, params), e, 1, 1) for e in noises]
+    sums = jax.tree.map(lambda *e: sum(w * x for w, x in zip(f, e, strict=True)), *full)
+    for got, sum_ in zip(jax.tree.leaves(votes), jax.tree.leaves(sums), strict=True):
+        assert got.dtype == jnp.int32
+        np.testing.assert_array_equal(got, sum_)
+    for chunk in 4, 5, 12, 100:  # in any chunks
+        chunked = eggroll.IntEggroll(4, chunk)
+        again = chunked.evaluate(eggroll.int_log_likelihood, params, KEY, jnp.asarray(text))
+        np.testing.assert_array_equal(again, scores)
+        same(chunked.gradient(params, KEY, scores), votes)
+
+
+def same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def test_swapping_the_signs_of_a_pair_swaps_its_scores():
+    """So what it votes for is the same: neither member is the favoured one."""
+    params, es, text = int_params(), eggroll.IntEggroll(sigma=4), jnp.asarray(int_text(7, 20))
+    noise = es.noise(KEY, params)
+    turned = jax.tree.map(
+        lambda e: (-e[0], e[1]) if isinstance(e, tuple) else -e,
+        noise,
+        is_leaf=lambda e: isinstance(e, tuple),
+    )
+    first = [eggroll.int_log_likelihood(es.perturb(params, noise, s), text) for s in (1, -1)]
+    second = [eggroll.int_log_likelihood(es.perturb(params, turned, s), text) for s in (1, -1)]
+    assert first == second[::-1] and first[0] != first[1]
+
+
+def test_an_integer_step_moves_what_has_enough_votes():
+    params, es, text = int_params(), eggroll.IntEggroll(sigma=4), jnp.asarray(int_text(7, 40, 6))
+    params["emb"] = jnp.full_like(params["emb"], 127)  # at the end of the scale
+    votes = jax.tree.map(lambda p: jax.random.randint(KEY, p.shape, -6, 7, jnp.int32), params)
+    threshold = 9
+    args = eggroll.int_log_likelihood, params, votes, KEY, text, threshold
+    new, left, scores = es.step(*args)
+    same(scores, es.evaluate(eggroll.int_log_likelihood, params, KEY, text))
+    total = jax.tree.map(np.add, votes, es.gradient(params, KEY, scores))
+    moved = 0
+    for p, q, v, rest in zip(*map(jax.tree.leaves, (params, new, total, left)), strict=True):
+        for index in np.ndindex(p.shape):
+            move = int(v[index] >= threshold) - int(v[index] <= -threshold)
+            moved += abs(move)
+            assert int(q[index]) == sat(int(p[index]) + move)
+            assert int(rest[index]) == int(v[index]) - move * threshold
+        assert q.dtype == jnp.int8 and rest.dtype == jnp.int32
+    assert 0 < moved < sum(p.size for p in jax.tree.leaves(params))
+    same(jax.jit(es.step, static_argnums=0)(*args), (new, left, scores))
+
+
+def test_clipping_is_a_rectifier():
+    u = jnp.arange(-1000, 255)
+    np.testing.assert_array_equal(eggroll.saturate(u - 127) + jnp.int32(127), np.maximum(0, u))
+
+
+def test_votes_by_chance():
+    """Of weights that do not matter: mean 0, the variance is the number of pairs without a tie."""
+    params = {"W": jnp.zeros((40, 30), jnp.int8), "v": jnp.zeros(50, jnp.int8)}
+    pairs, tied = 60, 15
+
+    def votes(key):
+        key, key_f = jax.random.split(key)
+        scores = jax.random.randint(key_f, (pairs, 2), 0, 2**20).at[:tied].set(0)
+        return eggroll.IntEggroll().gradient(params, key, scores)
+
+    many = jax.jit(jax.vmap(votes))(jax.random.split(KEY, 400))
+    for v in jax.tree.leaves(many):
+        assert_mean(v, 0, tolerance=6)
+        # entries of a matrix depend on each other beyond second order, so one sample is a mean
+        assert_mean(
+            np.square(np.asarray(v, np.float64)).reshape(400, -1).mean(axis=1), pairs - tied
+        )
+
+
+def test_no_vote_is_lost():
+    params, es, threshold = int_params(), eggroll.IntEggroll(), 7
+    votes = zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+    step, start, total = jax.jit(partial(es.step, eggroll.int_log_likelihood)), params, zeros
+    for t in range(30):
+        key, text = jax.random.fold_in(KEY, t), jnp.asarray(int_text(7, 30, 6, seed=t))
+        before = params
+        params, votes, scores = step(params, votes, key, text, threshold)
+        total = jax.tree.map(jnp.add, total, es.gradient(before, key, scores))
+    moves = jax.tree.map(lambda p, q: p.astype(jnp.int32) - q, params, start)
+    assert all(jnp.abs(m).max() > 2 for m in jax.tree.leaves(moves))
+    assert all(jnp.abs(p).max() < 127 for p in jax.tree.leaves(params))
+    same(jax.tree.map(lambda m, v: threshold * m + v, moves, votes), total)
+
+
+@pytest.mark.parametrize("alpha", [1, 0.54, 0.3, 0.1, 0.02, 0.005])
+def test_forgetting_votes(alpha):
+    """Mean and variance of the moves by both rules, and the table of the page."""
+    rng, z = np.random.default_rng(0), stats.norm.ppf(1 - alpha / 2)
+    delta = 0.02
+    drift = stats.norm.cdf(delta - z) - stats.norm.cdf(-delta - z)
+    assert abs(drift / (2 * stats.norm.pdf(z) * delta) - 1) < 2e-3
+    V = rng.normal(delta, 1, (1000, 4000))  # votes of 1000 weights in 4000 steps
+    assert_mean(np.mean(np.sign(V) * (np.abs(V) >= z), axis=1), drift)
+    assert_mean(np.mean(np.abs(V - delta) >= z, axis=1), alpha)
+    if z > 1:  # at a lower threshold a step has votes for more than one move
+        left, moved = np.zeros(1000), np.zeros(1000)
+        for v in V.T:
+            left += v
+            move = np.sign(left) * (np.abs(left) >= z)
+            moved, left = moved + move, left - z * move
+        slack = 2 * np.abs(left).max() / z
+        assert_mean(moved / 4000, delta / z, tolerance=SE + slack)
+        assert abs(moved.var() / 4000 * z**2 - 1) < SE * math.sqrt(2 / 1000) + slack**2 / 4000
+    page = (HERE / "theory" / "6-integers.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2:-1] for line in page.splitlines() if line.startswith("|")]
+    alphas = next(row for row in rows if row[0].strip() == "$1$" and len(row) == 6)
+    table = rows[rows.index(alphas) + 2 : rows.index(alphas) + 4]
+    column = [float(x.strip(" $")) for x in alphas].index(alpha)
+    stated = [float(row[column].strip(" $")) for row in table]
+    np.testing.assert_allclose(stated, [z, alpha / (2 * stats.norm.pdf(z)) ** 2], rtol=0.01)
+
+
+INT_ERRORS = {
+    "sigma 0": (lambda: eggroll.IntEggroll(0), ValueError, "from 1 to 127, got 0"),
+    "sigma 128": (lambda: eggroll.IntEggroll(128), ValueError, "got 128"),
+    "sigma 0.1": (lambda: eggroll.IntEggroll(0.1), ValueError, "integer from 1 to 127, got 0.1"),
+    "chunk 0": (lambda: eggroll.IntEggroll(2, 0), ValueError, "chunk must be None or"),
+    "float leaf": (
+        lambda: eggroll.IntEggroll().noise(KEY, {"W": jnp.zeros(3)}),
+        TypeError,
+        r"params\['W'\] must be int8",
+    ),
+    "scores": (
+        lambda: eggroll.IntEggroll().gradient({"W": jnp.zeros(3, jnp.int8)}, KEY, jnp.zeros(4)),
+        ValueError,
+        r"shape \(pairs, 2\), pairs ≥ 1, got \(4,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INT_ERRORS)
+def test_integer_errors_say_what_was_expected_and_what_came(name):
+    call, error, message = INT_ERRORS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def types(jaxpr):
+    """Names of the types of all values in a jaxpr and in every one nested in it."""
+    found = {str(v.aval.dtype) for v in [*jaxpr.invars, *jaxpr.constvars]}
+    for eqn in jaxpr.eqns:
+        found |= {str(v.aval.dtype) for v in [*eqn.invars, *eqn.outvars]}
+        for param in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            if hasattr(param, "eqns") or hasattr(param, "jaxpr"):
+                found |= types(getattr(param, "jaxpr", param))
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_no_float_in_an_integer_step(name, chunk):
+    params, es = int_params(name), eggroll.IntEggroll(2, chunk)
+    votes = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+    text = jnp.asarray(int_text(NETWORKS[name][0], 8, 6))
+    step = jax.jit(partial(es.step, eggroll.int_log_likelihood))
+    args = params, votes, KEY, text, jnp.int32(9)
+    found = types(jax.make_jaxpr(step)(*args).jaxpr)
+    assert {"int8", "int32"} <= found <= {"int8", "int32", "uint32", "bool", "key<fry>"}
+    # the walk does find a float, however deep
+    deep = jax.make_jaxpr(lambda x: jax.lax.scan(jax.jit(lambda c, _: (c * 1.5, None)), x, None, 3))
+    assert "float32" in types(deep(jnp.float32(1)).jaxpr)
+
+
+def test_no_float_in_the_program_that_trains(text, tmp_path):
+    """In the compiled HLO of the whole step, as the command line runs it."""
+    options = ["--integer", "--text", text, *TINY, "--steps", 1, "--layers", 2, "--mlp"]
+    flags = {"XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"}
+    command = [sys.executable, HERE / "eggroll.py", *map(str, options)]
+    subprocess.run(command, env=os.environ | flags, check=True, stdout=subprocess.DEVNULL)
+    floats = r"\b(f16|bf16|f32|f64|f8\w+)\["
+    (step,) = tmp_path.glob("*jit_train_step.*after_optimizations.txt")
+    hlo = step.read_text()
+    assert "s8[" in hlo and not re.search(floats, hlo)
+    init = [re.search(floats, f.read_text()) for f in tmp_path.glob("*after_optimizations.txt")]
+    assert any(init)  # drawing the first weights takes floats, and would be found
+
+
+def test_integer_sample_follows_the_distribution_of_the_model():
+    params = int_params()
+    tokens = np.asarray(eggroll.int_sample(params, KEY, 2, 300))
+    assert tokens.dtype == np.int32 and set(tokens) <= set(range(7))
+    logits = whole_logits(whole(params), np.concatenate([[2], tokens[:-1]])) / 16
+    p = 2.0**logits
+    p /= p.sum(axis=1, keepdims=True)
+    entropy = -(p * np.log(p)).sum(axis=1)
+    assert_mean(-np.log(p[np.arange(300), tokens]) - entropy, 0)
+    for token in range(7):  # and each token as often as it should be
+        assert_mean((tokens == token) - p[:, token], 0)
+
+
 # Command line ------------------------------------------------------------------------------------
 
 TINY = ["--population", "64", "--hidden", "8", "--length", "8"]
@@ -1770,8 +2195,9 @@ def text(tmp_path):
     return path
 
 
-def test_it_learns_prints_a_sample_and_ends_with_the_score(text):
-    done = run("--text", text, "--steps", 150, "--population", 512, "--hidden", 16)
+@pytest.mark.parametrize("kind", [[], ["--integer", "--length", 16, "--lr", 2]])
+def test_it_learns_prints_a_sample_and_ends_with_the_score(kind, text):
+    done = run("--text", text, "--steps", 150, "--population", 512, "--hidden", 16, *kind)
     assert done.returncode == 0 and done.stderr == ""
     *_, last = done.stdout.splitlines()
     held_out, unigram, bigram = map(float, re.fullmatch(LAST_LINE, last).groups())
@@ -1796,12 +2222,13 @@ def test_it_learns_prints_a_sample_and_ends_with_the_score(text):
 
 def parameters(path):
     with np.load(path) as file:
-        return {name: file[name] for name in ("emb", "W", "U", "b", "c", "step")}
+        return {name: file[name] for name in file if name.startswith(("params.", "votes.", "step"))}
 
 
-def test_resuming_continues_exactly_and_every_step_is_new(text, tmp_path):
+@pytest.mark.parametrize("kind", [["--lr", 0.001], ["--integer", "--mlp", "--lr", 6]])
+def test_resuming_continues_exactly_and_every_step_is_new(kind, text, tmp_path):
     a, b = tmp_path / "a.npz", tmp_path / "b.npz"
-    options = "--text", text, *TINY, "--lr", 0.001
+    options = "--text", text, *TINY, *kind
     assert run(*options, "--steps", 6, "--save", a).returncode == 0
     assert run(*options, "--steps", 3, "--save", b).returncode == 0
     halfway = parameters(b)
@@ -1811,9 +2238,15 @@ def test_resuming_continues_exactly_and_every_step_is_new(text, tmp_path):
         np.testing.assert_array_equal(value, parameters(b)[name])
         assert not np.array_equal(value, halfway[name])
     # new noise and new examples at every step: the same ones again would go the same way again
-    start = eggroll.rnn_init(jax.random.split(KEY, 3)[0], len(set(text.read_text("utf-8"))), 8)
-    first = np.concatenate([(halfway[name] - start[name]).ravel() for name in start])
-    second = np.concatenate([(parameters(a)[name] - halfway[name]).ravel() for name in start])
+    assert run(*options, "--steps", 0, "--save", b).returncode == 0
+    start = parameters(b)
+    names = [name for name in start if name.startswith("params.")]
+    assert len(names) == (10 if "--integer" in kind else 5)
+
+    def way(after, before):
+        return np.concatenate([(1.0 * after[name] - before[name]).ravel() for name in names])
+
+    first, second = way(halfway, start), way(parameters(a), halfway)
     assert abs(first @ second) < 0.8 * np.linalg.norm(first) * np.linalg.norm(second)
 
 
@@ -1873,7 +2306,7 @@ REFUSED = {
     "rank 0": (["--rank", "0"], "full or a number of at least 1, got 0"),
     "rank word": (["--rank", "half"], "half"),
     "sigma 0": (["--sigma", "0"], "sigma must be positive"),
-    "lr nan": (["--lr", "nan"], "finite, got nan"),
+    "lr nan": (["--lr", "nan"], "finite, .* got nan"),
     "no hidden units": (["--hidden", "0"], "at least 1"),
     "no length": (["--length", "0"], "at least 1"),
     "missing checkpoint": (["--resume", "nowhere.npz"], "nowhere.npz"),
@@ -1882,7 +2315,15 @@ REFUSED = {
     "cut checkpoint": (["--resume", "cut.npz"], "cut.npz"),
     "an array": (["--resume", "array.npy"], "not a checkpoint"),
     "other arrays": (["--resume", "other.npz"], "other.npz"),
-    "other shape": (["--resume", "good.npz", "--hidden", "9"], r"\(3, 9\), got \(3, 8\)"),
+    "other shape": (["--resume", "good.npz", "--hidden", "9"], r"\(9, 18\), got \(8, 16\)"),
+    "float checkpoint": (["--resume", "good.npz", "--integer", "--sigma", "0.125"], "good.npz"),
+    "integer rank": (["--integer", "--rank", "2"], "--rank 1 and --noise signs"),
+    "integer noise": (["--integer", "--noise", "normal"], "--rank 1 and --noise signs"),
+    "integer sigma": (["--integer", "--sigma", "0.1"], "sixteenths, got 0.1"),
+    "integer lr 0": (["--integer", "--lr", "0"], "positive, got 0.0"),
+    "integer width": (["--integer", "--mlp", "--hidden", "257"], "256 with --mlp, got 257"),
+    "no layers": (["--integer", "--layers", "0"], "at least 1, got 0"),
+    "layers of floats": (["--layers", "2"], "are for --integer"),
     "other text": (["--resume", "good.npz", "--text", "long.txt"], "other characters"),
     "no such folder": (["--save", "nowhere/x.npz"], "nowhere/x.npz"),
 }

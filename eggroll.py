@@ -486,7 +486,7 @@ def sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int
 
 
 def saturate(x: jax.Array) -> jax.Array:
-    """x, clipped to -127 … 127, as int8: the one nonlinearity of the integer model."""
+    """x, clipped to -127 … 127, as int8: here in place of an activation function."""
     return jnp.clip(x, -127, 127).astype(jnp.int8)
 
 

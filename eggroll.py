@@ -486,22 +486,26 @@ def sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int
 
 
 def saturate(x: jax.Array) -> jax.Array:
-    """x, clipped to -127 … 127, as int8: here in place of an activation function."""
+    """x (int32), clipped to -127 … 127, as int8: here in place of an activation function.
+
+    What stays between goes through unchanged. Add int8 arrays in int32, or they wrap before.
+    """
     return jnp.clip(x, -127, 127).astype(jnp.int8)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["sigma", "chunk"])
 @dataclass(frozen=True)
 class IntEggroll:
-    """`Eggroll` in integers: noise, forward, fitness and update know no other numbers.
+    """`Eggroll` without a float: noise, forward, fitness and update are integers.
 
     sigma   noise scale, an integer of 1 to 127 sixteenths: 2 stands for σ = 1/8
     chunk   as in Eggroll
 
-    The leaves of params are int8, the fitness is int32. The entries of the noise, of rank 1, are
-    signs, so a member W ± σ a bᵀ is a matrix of integers, and `dot(x, member)` is exact.
+    The leaves of params are int8, the fitness is an integer, too. The entries of the noise, of rank
+    1, are signs, so a member W ± σ a bᵀ is a matrix of integers, and `dot(x, member)` is exact.
+    Models write dot, product and rows: x @ M, M[i] and dense(M) would wrap in int8.
 
-    Raises as Eggroll does.
+    Raises ValueError or TypeError as Eggroll does.
     """
 
     sigma: int = 2
@@ -509,10 +513,10 @@ class IntEggroll:
 
     def __post_init__(self):
         if not (isinstance(self.sigma, int | np.integer) and 1 <= self.sigma <= 127):
-            raise ValueError(f"sigma must be an integer from 1 to 127, got {self.sigma!r}")
+            raise ValueError(f"sigma must be an integer of 1 to 127 sixteenths, got {self.sigma!r}")
         check_count("chunk", self.chunk)
 
-    # Neither depends on the kind of numbers.
+    # As they are: to evaluate takes no arithmetic, and _sum adds int8 up in int32.
     evaluate, _columns, _sum = Eggroll.evaluate, Eggroll._columns, Eggroll._sum
 
     def noise(self, key: jax.Array, params: Any) -> Any:
@@ -532,7 +536,7 @@ class IntEggroll:
         return treedef.unflatten(noise)
 
     def perturb(self, params: Any, noise: Any, sign: int = 1) -> Any:
-        """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
+        """The member θ + sign·σ·E: vectors saturated, matrices a LowRank, to be used unsaturated."""
         scale = jnp.int8(sign * self.sigma)
 
         def leaf(p, e):
@@ -543,21 +547,27 @@ class IntEggroll:
         return jax.tree.map(leaf, params, noise)
 
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
-        """Votes Σ sign(f₊ - f₋) E over the pairs, int32, like params: no more than the pairs.
+        """Votes Σ sign(f₊ - f₋) E over the pairs: int32, like params, one int8 product a matrix.
 
-        One int8 product a matrix. A vote that is due to chance has mean 0 and variance 1.
+        They point uphill, as does `Eggroll.gradient`. By chance alone they have mean 0 and a
+        variance of at most the number of pairs.
         """
         f = paired(fitness)
-        return self._sum(params, key, jnp.sign(f[:, 0] - f[:, 1]).astype(jnp.int8))
+        better = (f[:, 0] > f[:, 1]).astype(jnp.int8)  # a difference could overflow
+        worse = (f[:, 0] < f[:, 1]).astype(jnp.int8)
+        return self._sum(params, key, better - worse)
 
     def step(
         self, fitness: Callable, params: Any, votes: Any, key: jax.Array, data: Any, threshold: int
     ) -> tuple[Any, Any, jax.Array]:
         """One generation: (new params, new votes, fitness).
 
+        votes       zeros in int32, like params, at first; then what the last step returned
+        threshold   int32, about √pairs at first; larger is slower and finer
+
         Where the votes collected so far reach the threshold, the weight moves by one, a sixteenth,
-        and the threshold is taken from the votes. With zeros for votes in every step this is the
-        paper's update, which forgets what did not suffice.
+        in their direction, and the threshold is taken from the votes. With zeros for votes in every
+        step this is the paper's update, which forgets what did not suffice.
         """
         scores = self.evaluate(fitness, params, key, data)
         votes = jax.tree.map(jnp.add, votes, self.gradient(params, key, scores))
@@ -567,7 +577,9 @@ class IntEggroll:
 
 
 def dot(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
-    """x M in int32: x (..., m) and M (m, n) in int8, to (..., n)."""
+    """x M in int32: x (..., m) and M (m, n) in int8, to (..., n). TypeError if x is not int8."""
+    if x.dtype != jnp.int8:
+        raise TypeError(f"x must be int8, got {x.dtype}")
     if isinstance(M, LowRank):
         return dot(x, M.W) + dot(x, M.A) @ M.B.mT.astype(jnp.int32)  # (..., n)
     return jnp.matmul(x, M, preferred_element_type=jnp.int32)
@@ -577,7 +589,7 @@ def product(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
     """x M/√m in fixed point: x (..., m) in int8, M (m, n) with m ≤ 1024, to (..., n) in int32."""
     if x.shape[-1] > 1024:
         raise ValueError(f"x must have at most 1024 entries, or int32 overflows, got {x.shape}")
-    return dot(x, M) * round(2**11 / math.sqrt(x.shape[-1])) >> 15  # 15 = 11 + 4
+    return (dot(x, M) * round(2**11 / math.sqrt(x.shape[-1]))) >> 15  # 15 = 11 + 4
 
 
 def rows(M: jax.Array | LowRank, i: jax.Array) -> jax.Array:
@@ -588,28 +600,30 @@ def rows(M: jax.Array | LowRank, i: jax.Array) -> jax.Array:
 
 
 def l1_norm(x: jax.Array) -> jax.Array:
-    """x divided by its mean absolute value, in fixed point: (n,) int8 to (n,) int8."""
+    """x scaled to a mean absolute value of 1, which is 16: (n,) int8 to (n,) int8."""
     x = x.astype(jnp.int32)
-    return saturate(x * ((len(x) << 12) // jnp.maximum(jnp.sum(jnp.abs(x)), 1)) >> 8)
+    scale = (len(x) << 12) // jnp.maximum(jnp.sum(jnp.abs(x)), 1)  # 16/mean in units of 2⁻⁸
+    return saturate((x * scale) >> 8)
 
 
 def residual(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x + y, saturated: (n,) int8 each, to (n,) int8."""
+    """x + y, saturated: (n,) each, in int8 or int32, to (n,) int8."""
     x = saturate(x + y.astype(jnp.int32))
-    # XLA recomputes a sum wherever it is used, and so the whole network in every layer. A product
-    # it computes once: this one with the identity makes two layers on a CPU 1.6 times faster.
+    # On a CPU, XLA recomputes a sum wherever it is used, and so the whole network in every layer. A
+    # product it computes once: this one with the identity makes two layers half as fast again.
     return dot(x, jnp.eye(len(x), dtype=jnp.int8)).astype(jnp.int8)
 
 
 def exp2(x: jax.Array) -> jax.Array:
     """2^(x/16), of int8 x, in int32 and units of 2⁻¹⁶, within 0.31 %."""
     x = x.astype(jnp.int32)
-    f = x & 15  # x/16 has the fraction f/16
-    return 256 + (f * (174 + 5 * f) >> 4) << (x >> 4) + 8  # 2^(f/16) by a polynomial
+    u = x & 15  # sixteenths: x/16 = (x >> 4) + u/16
+    power = 256 + ((u * (174 + 5 * u)) >> 4)  # 2^(u/16) in units of 2⁻⁸, by a polynomial
+    return power << ((x >> 4) + 8)
 
 
 def spare_bits(vocab: int) -> int:
-    """By how many bits to shift `vocab` results of `exp2`, so that their sum fits into int32."""
+    """By how many bits to shift `vocab` results of `exp2` right, so that int32 holds their sum."""
     return max(0, (vocab - 1).bit_length() - 7)  # 2⁷ of them do, each being less than 2²⁴
 
 
@@ -617,10 +631,10 @@ LOG2 = np.round(256 * np.log2(1 + (np.arange(256) + 0.5) / 256)).astype(np.int32
 
 
 def log2(x: jax.Array) -> jax.Array:
-    """log₂ x, of positive int32 x, in int32 and units of 2⁻⁸, within 0.005 (about one unit)."""
+    """log₂ x, of positive int32 x, in int32 and units of 2⁻⁸, within 0.005."""
     zeros = jax.lax.clz(x)
     fraction = jax.lax.shift_right_logical(x << zeros, 23) & 255  # 8 bits after the leading one
-    return (31 - zeros << 8) + jnp.asarray(LOG2)[fraction]
+    return ((31 - zeros) << 8) + jnp.asarray(LOG2)[fraction]
 
 
 def int_rnn_init(
@@ -650,21 +664,23 @@ def int_rnn_init(
 def int_rnn(params: dict[str, Any], s: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Read a token: (memory s (layers, hidden), token ()) to (new s, logits (vocab,)), all int8.
 
-    The paper's network: in every layer a gated unit, with the gate f from -127, closed, to 127,
+    The paper's network: in every layer a gated unit, whose gate f may be from -127 to 127, the
+    candidate c for the new memory, and, if there are W1 and W2, two products,
 
         f = sat(x Wf + s Uf + bf)    g = (f + 127)/256    c = sat(x Wh + (g s) Uh + bh)
-        s <- s + g (c - s)
+        s ← s + g (c - s)            sat(x W1) W2
 
-    and, if there are W1 and W2, (x W1) W2. Each reads the normed x and adds its result to x.
+    Both read the normed x, and their results, s and the products, are added to x.
     """
     x = rows(params["emb"], token)  # (hidden,)
     new_s = []
     for old, p in zip(s, params["layers"], strict=True):
         y = l1_norm(x)  # (hidden,), like all that follows
-        gate = saturate(product(y, p["Wf"]) + product(old, p["Uf"]) + p["bf"]) + jnp.int32(127)
-        kept = saturate(gate * old >> 8)
-        new = saturate(product(y, p["Wh"]) + product(kept, p["Uh"]) + p["bh"])
-        new = saturate(old + (gate * (new - old.astype(jnp.int32)) >> 8))
+        f = saturate(product(y, p["Wf"]) + product(old, p["Uf"]) + p["bf"])
+        g = f + jnp.int32(127)  # in units of 2⁻⁸
+        kept = saturate((g * old) >> 8)
+        c = saturate(product(y, p["Wh"]) + product(kept, p["Uh"]) + p["bh"])
+        new = saturate(old + ((g * (c - old.astype(jnp.int32))) >> 8))
         x = residual(x, new)
         if "W1" in p:
             y = saturate(product(l1_norm(x), p["W1"]))  # (4 hidden,)
@@ -676,7 +692,8 @@ def int_rnn(params: dict[str, Any], s: jax.Array, token: jax.Array) -> tuple[jax
 def int_log_likelihood(params: dict[str, Any], text: jax.Array) -> jax.Array:
     """Sum of log₂ p(next token) over text (length + 1,), int32 in units of 2⁻⁸ bits.
 
-    p is proportional to 2^(logit/16); the memory is empty at first. Up to 340,000 tokens.
+    p is proportional to 2^(logit/16); the memory is empty at first. For up to 2¹⁵ different tokens,
+    and texts of up to 250,000.
     """
     vocab, hidden = params["emb"].shape
     spare = spare_bits(vocab)
@@ -684,7 +701,7 @@ def int_log_likelihood(params: dict[str, Any], text: jax.Array) -> jax.Array:
     def read(s, tokens):
         token, next_token = tokens
         s, logits = int_rnn(params, s, token)
-        total = log2(jnp.sum(exp2(logits) >> spare)) + (spare - 16 << 8)
+        total = log2(jnp.sum(exp2(logits) >> spare)) + ((spare - 16) << 8)
         return s, (logits[next_token].astype(jnp.int32) << 4) - total
 
     s = jnp.zeros((len(params["layers"]), hidden), jnp.int8)
@@ -783,7 +800,7 @@ def main() -> None:
         elif (args.rank, args.noise) != ("1", "signs"):
             raise ValueError("--integer has --rank 1 and --noise signs")
         elif args.sigma * 16 not in range(1, 128):
-            raise ValueError(f"--sigma must be 1 to 127 sixteenths, got {args.sigma}")
+            raise ValueError(f"--sigma must be 1 to 127 sixteenths, like 0.125, got {args.sigma}")
         else:
             es = IntEggroll(int(args.sigma * 16))
         if args.population < 2 or args.population % 2:
@@ -803,6 +820,8 @@ def main() -> None:
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # one for each character
         alphabet, tokens = np.unique(codes, return_inverse=True)  # (vocab,), (len(text),)
         train, test = np.split(tokens.astype(np.int32), [len(tokens) * 9 // 10])
+        if args.integer and len(alphabet) > 2**15:
+            raise ValueError(f"--integer can learn 2¹⁵ characters, it has {len(alphabet)}")
         if len(test) <= args.length:
             raise ValueError(f"its last tenth has {len(test)} characters, --length needs more")
     unigram, bigram = ngram_bits(train, test, len(alphabet))
@@ -832,6 +851,8 @@ def main() -> None:
             if not np.array_equal(saved["alphabet"], alphabet):
                 raise ValueError("it knows other characters than the text")
             leaves, treedef = named(state)
+            if others := leaves.keys() ^ {n for n in saved if n.startswith(("params.", "votes."))}:
+                raise ValueError(f"it is of another network: {', '.join(sorted(others)[:3])} …")
             for name, p in leaves.items():
                 if saved[name].shape != p.shape:
                     raise ValueError(f"{name} must have shape {p.shape}, got {saved[name].shape}")

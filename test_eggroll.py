@@ -1867,6 +1867,9 @@ def test_products_of_integers_are_those_of_dense_members(m, n):
         bound = 1 + abs(scale - 1) * np.abs(whole(x) @ dense_M / (16 * math.sqrt(m)))
         assert (close <= bound + 1e-9).all() and abs(scale - 1) < 2**-7
         i = jnp.array([[0, m - 1]])
+        ends = jnp.array([127, -127] * 16, jnp.int8)  # of the scale
+        e = es.noise(KEY, ends)
+        np.testing.assert_array_equal(es.perturb(ends, e, sign), whole_member(ends, e, sign, 5))
         np.testing.assert_array_equal(eggroll.rows(M, i), sat(dense_M[np.array(i)]))
     np.testing.assert_array_equal(eggroll.rows(W, i), W[i])
     np.testing.assert_array_equal(eggroll.dot(x, W), whole(x) @ whole(W))
@@ -2029,23 +2032,57 @@ def test_clipping_is_a_rectifier():
     np.testing.assert_array_equal(eggroll.saturate(u - 127) + jnp.int32(127), np.maximum(0, u))
 
 
+def votes_of(fitness, params, pairs, populations, es=None):
+    """Votes and number of pairs without a tie of many populations, (populations, ...)."""
+    es = es or eggroll.IntEggroll()
+
+    def one(key):
+        scores = es.evaluate(fitness, params, key, jnp.arange(pairs))
+        untied = jnp.sum(scores[:, 0] != scores[:, 1])
+        return es.gradient(params, key, scores), untied
+
+    return jax.jit(jax.vmap(one))(jax.random.split(KEY, populations))
+
+
 def test_votes_by_chance():
-    """Of weights that do not matter: mean 0, the variance is the number of pairs without a tie."""
-    params = {"W": jnp.zeros((40, 30), jnp.int8), "v": jnp.zeros(50, jnp.int8)}
-    pairs, tied = 60, 15
+    """Rows, columns and vectors that do not matter: mean 0, variance the pairs without a tie."""
+    params = {"W": jnp.zeros((6, 5), jnp.int8), "v": jnp.zeros(20, jnp.int8)}
+    x = jnp.array([3, -2, 1, 5, 0, 0], jnp.int8)  # the last two rows do not matter
 
-    def votes(key):
-        key, key_f = jax.random.split(key)
-        scores = jax.random.randint(key_f, (pairs, 2), 0, 2**20).at[:tied].set(0)
-        return eggroll.IntEggroll().gradient(params, key, scores)
+    def fitness(params, _):
+        h = eggroll.dot(x, params["W"])[:4]  # nor does the last column
+        return (h[0] * h[1] + h[2] + h[3]) >> 4
 
-    many = jax.jit(jax.vmap(votes))(jax.random.split(KEY, 400))
-    for v in jax.tree.leaves(many):
-        assert_mean(v, 0, tolerance=6)
-        # entries of a matrix depend on each other beyond second order, so one sample is a mean
-        assert_mean(
-            np.square(np.asarray(v, np.float64)).reshape(400, -1).mean(axis=1), pairs - tied
-        )
+    votes, untied = votes_of(fitness, params, 40, 3000)
+    assert 0 < np.mean(untied < 40)  # there are ties
+    W = np.asarray(votes["W"], np.float64)
+    for dead in W[:, 4:], W[:, :, 4:], np.asarray(votes["v"], np.float64):
+        dead = dead.reshape(3000, -1)
+        assert_mean(dead, 0)
+        assert_mean(dead**2 - np.asarray(untied)[:, None], 0)
+    assert np.abs(W[:, :4, :4].mean(axis=0)).max() > 5  # the others get more
+
+
+def test_votes_leak():
+    """f = W11 + W12 + W21: the entry that does not matter is voted down, by -1/2 a pair."""
+
+    def fitness(M, _):
+        W = eggroll.dot(jnp.eye(2, dtype=jnp.int8), M)
+        return W[0, 0] + W[0, 1] + W[1, 0]
+
+    votes, _ = votes_of(fitness, jnp.zeros((2, 2), jnp.int8), 50, 400)
+    assert_mean(votes[:, 1, 1] / 50, -1 / 2)
+    assert_mean(votes[:, 0, 0] / 50, 1 / 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint8, bool, jnp.float32])
+def test_votes_of_scores_whose_difference_would_overflow(dtype):
+    params, es = {"v": jnp.zeros(3, jnp.int8)}, eggroll.IntEggroll()
+    top = 1 if dtype in (bool, jnp.float32) else jnp.iinfo(dtype).max
+    low = 0 if dtype in (bool, jnp.float32) else jnp.iinfo(dtype).min
+    scores = jnp.array([[top, low], [low, top], [top, top]], dtype)
+    first, second = (es.noise(jax.random.fold_in(KEY, i), params)["v"] for i in range(2))
+    same(es.gradient(params, KEY, scores)["v"], whole(first) - whole(second))
 
 
 def test_no_vote_is_lost():
@@ -2088,18 +2125,27 @@ def test_forgetting_votes(alpha):
     table = rows[rows.index(alphas) + 2 : rows.index(alphas) + 4]
     column = [float(x.strip(" $")) for x in alphas].index(alpha)
     stated = [float(row[column].strip(" $")) for row in table]
-    np.testing.assert_allclose(stated, [z, alpha / (2 * stats.norm.pdf(z)) ** 2], rtol=0.01)
+    np.testing.assert_allclose(stated, [z, alpha / (2 * stats.norm.pdf(z)) ** 2], rtol=0.006)
 
 
 INT_ERRORS = {
-    "sigma 0": (lambda: eggroll.IntEggroll(0), ValueError, "from 1 to 127, got 0"),
+    "sigma 0": (lambda: eggroll.IntEggroll(0), ValueError, "1 to 127 sixteenths, got 0"),
     "sigma 128": (lambda: eggroll.IntEggroll(128), ValueError, "got 128"),
-    "sigma 0.1": (lambda: eggroll.IntEggroll(0.1), ValueError, "integer from 1 to 127, got 0.1"),
+    "sigma 0.1": (
+        lambda: eggroll.IntEggroll(0.1),
+        ValueError,
+        "integer of 1 to 127 sixteenths, got 0.1",
+    ),
     "chunk 0": (lambda: eggroll.IntEggroll(2, 0), ValueError, "chunk must be None or"),
     "float leaf": (
         lambda: eggroll.IntEggroll().noise(KEY, {"W": jnp.zeros(3)}),
         TypeError,
         r"params\['W'\] must be int8",
+    ),
+    "float input": (
+        lambda: eggroll.dot(jnp.ones(3), jnp.zeros((3, 2), jnp.int8)),
+        TypeError,
+        "x must be int8, got float32",
     ),
     "scores": (
         lambda: eggroll.IntEggroll().gradient({"W": jnp.zeros(3, jnp.int8)}, KEY, jnp.zeros(4)),
@@ -2316,10 +2362,14 @@ REFUSED = {
     "an array": (["--resume", "array.npy"], "not a checkpoint"),
     "other arrays": (["--resume", "other.npz"], "other.npz"),
     "other shape": (["--resume", "good.npz", "--hidden", "9"], r"\(9, 18\), got \(8, 16\)"),
-    "float checkpoint": (["--resume", "good.npz", "--integer", "--sigma", "0.125"], "good.npz"),
+    "float checkpoint": (
+        ["--resume", "good.npz", "--integer", "--sigma", "0.125"],
+        "another network",
+    ),
+    "other layers": (["--resume", "two.npz", "--layers", "1"], "another network: .*layers.1"),
     "integer rank": (["--integer", "--rank", "2"], "--rank 1 and --noise signs"),
     "integer noise": (["--integer", "--noise", "normal"], "--rank 1 and --noise signs"),
-    "integer sigma": (["--integer", "--sigma", "0.1"], "sixteenths, got 0.1"),
+    "integer sigma": (["--integer", "--sigma", "0.1"], "sixteenths, like 0.125, got 0.1"),
     "integer lr 0": (["--integer", "--lr", "0"], "positive, got 0.0"),
     "integer width": (["--integer", "--mlp", "--hidden", "257"], "256 with --mlp, got 257"),
     "no layers": (["--integer", "--layers", "0"], "at least 1, got 0"),
@@ -2339,6 +2389,8 @@ def bad_inputs(tmp_path_factory):
     (folder / "abc.txt").write_bytes(b"abc" * 100)
     good = run("--text", "abc.txt", *TINY, "--steps", 0, "--save", "good.npz", cwd=folder)
     assert good.returncode == 0, good.stderr
+    two = "--integer", "--layers", 2, "--steps", 0, "--save", "two.npz"
+    assert run("--text", "abc.txt", *TINY, *two, cwd=folder).returncode == 0
     np.save(folder / "array.npy", np.ones(3))
     np.savez(folder / "other.npz", W=np.ones(3))
     (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:-100])
@@ -2415,7 +2467,7 @@ def test_every_link_leads_to_a_file():
 
 def test_the_tutorial_is_kept_as_one_whole_run():
     path = HERE / "tutorial.ipynb"
-    assert path.stat().st_size < 1.5e6
+    assert path.stat().st_size < 2e6
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
     outputs = [output for c in cells for output in c.outputs]
@@ -2423,6 +2475,62 @@ def test_the_tutorial_is_kept_as_one_whole_run():
     assert all(output.output_type != "error" for output in outputs)
     texts = [output.get("text", "") or output.data.get("text/markdown", "") for output in outputs]
     assert not re.search(r"/(home|root|tmp|usr|work|Users)/", "".join(texts))  # of one machine
+
+
+def test_acrobot_in_the_tutorial_is_that_of_gymnasium():
+    # Recorded from Gymnasium 1.4.0, Acrobot-v1, in float64; the policy is argmax(observation @ W).
+    cells = nbformat.read(HERE / "tutorial.ipynb", as_version=4).cells
+    (code,) = (c.source for c in cells if "def acrobot(" in c.source)
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        from functools import partial
+        from eggroll import mlp
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+        CODE
+
+        W = [[1, 2, 1], [-1, 1, 1], [3, 3, 1], [-1, 3, 1], [1, 3, 1], [-3, 1, 3]]
+        actions = (
+            "1111111111111111111111100000001222111000000222221100000222221100000022222221000000022"
+            "222221110000002222222222221100000000"
+        )
+        states = {
+            0: [0.025019092485, 0.079442761838, 0.055137138814, -0.054958563298],
+            1: [0.033936508, 0.063323449, 0.031751189, -0.102098021],
+            25: [0.037237520, -0.231159153, 0.210725529, -0.618312800],
+            50: [-0.117403153, 0.671218322, 1.857124366, -1.958694170],
+            75: [-1.395450053, 2.363746039, 1.142462099, -0.685141729],
+            100: [0.112319501, -0.455604291, -4.867597001, 4.045511416],
+            120: [2.242190883, 2.449129589, -1.403297608, -2.669903063],
+            121: [1.917614148, 1.991045300, -1.868707085, -1.945553748],
+        }  # an angle was wrapped on the way; terminated is false but after the last step
+        policy = [{"W": jnp.array(W, float), "b": jnp.zeros(3)}]
+        step, act, state = jax.jit(acrobot), jax.jit(act), jnp.array(states[0])
+        for t, action in enumerate(actions, 1):
+            assert act(policy, state) == int(action)
+            state, up = step(state, int(action))
+            assert up == (t == 121)
+            if t in states:
+                np.testing.assert_allclose(state, states[t], rtol=1e-6)
+
+        swing_up = jax.jit(swing_up)
+        assert swing_up(policy, jnp.array(states[0])) == -120  # rewards: 120 times -1, then 0
+        idle = [{"W": jnp.zeros((6, 3)), "b": jnp.zeros(3)}]  # always action 0: truncated at 500
+        assert swing_up(idle, jnp.array(states[0])) == -500
+
+        steps = (  # the bounds on speed, and both angles wrapped
+            ([3, -3, 12.5, -28], 0, [-0.1437386039, 2.6041071996, 4 * np.pi, -9 * np.pi], False),
+            ([-3, 3, -12.5, 28], 2, [0.1437386039, -2.6041071996, -4 * np.pi, 9 * np.pi], False),
+            ([0.5, 1, -5, 20], 1, [0.0358773497, -1.9322191231, -2.7066738738, 17.5891193], False),
+            ([2, 0.5, 3, 2], 2, [2.5539133162, 0.9160440863, 2.6472884605, 2.1187548838], True),
+        )
+        for state, action, new, terminated in steps:
+            state, up = step(jnp.array(state, float), action)
+            np.testing.assert_allclose(state, new, rtol=1e-7)
+            assert up == terminated
+        """
+    script = textwrap.dedent(script).replace("CODE", code)
+    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=HERE, check=True)
 
 
 def test_the_tutorial_runs(tmp_path):

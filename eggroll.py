@@ -710,7 +710,6 @@ def int_log_likelihood(params: dict[str, Any], text: jax.Array) -> jax.Array:
 
 def int_sample(params: dict[str, Any], key: jax.Array, token: jax.Array, length: int) -> jax.Array:
     """Let the model write `length` tokens after the given one: (length,)."""
-
     vocab, hidden = params["emb"].shape
 
     def write(carry, key):

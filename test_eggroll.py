@@ -2006,6 +2006,33 @@ def test_swapping_the_signs_of_a_pair_swaps_its_scores():
     assert first == second[::-1] and first[0] != first[1]
 
 
+INTEGERS_ON_8_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from eggroll import IntEggroll, int_log_likelihood, int_rnn_init
+
+params = int_rnn_init(jax.random.key(0), 7, 8)
+votes = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)
+text = np.asarray(jax.random.randint(jax.random.key(1), (32, 6), 0, 7))
+results = []
+for chunk, types in ((None, None), (None, AxisType.Auto), (16, AxisType.Explicit)):
+    data = text
+    if types is not None:
+        mesh = jax.make_mesh((8,), ("pairs",), axis_types=(types,))
+        data = jax.device_put(text, NamedSharding(mesh, PartitionSpec("pairs")))
+    step = jax.jit(IntEggroll(2, chunk).step, static_argnums=0)
+    results.append(step(int_log_likelihood, params, votes, jax.random.key(2), data, 5))
+assert len(results[1][2].sharding.device_set) == 8
+for result in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, results[0], result)
+print(np.unique(results[0][2]).size)
+"""
+
+
+def test_integers_on_eight_devices_give_the_answer_of_one():
+    assert result(start(INTEGERS_ON_8_DEVICES, devices=8)) > 32  # of 64 scores
+
+
 def test_an_integer_step_moves_what_has_enough_votes():
     params, es, text = int_params(), eggroll.IntEggroll(sigma=4), jnp.asarray(int_text(7, 40, 6))
     params["emb"] = jnp.full_like(params["emb"], 127)  # at the end of the scale

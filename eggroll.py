@@ -100,6 +100,30 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arra
     return jnp.where(bits.ravel()[:size].reshape(shape) > 0, 1, -1).astype(dtype)
 
 
+def draw_noise(key: jax.Array, params: Any, kind: tuple, draw: Callable, rank: int | None) -> Any:
+    """For every leaf drawn entries: of a matrix (m, n) A (m, r) and B (n, r), else an array.
+
+    TypeError unless every leaf is of the kind, given as (dtype, its name).
+    """
+    dtype, name = kind
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    noise = []
+    for i, (path, p) in enumerate(leaves):
+        if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, dtype)):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} must be {name}, got {p!r}; "
+                "close over what is not to be trained"
+            )
+        leaf_key, p_dtype = jax.random.fold_in(key, i), jnp.result_type(p)
+        if rank is None or p.ndim < 2:
+            noise.append(draw(leaf_key, p.shape, p_dtype))
+            continue
+        *stack, m, n = p.shape
+        AB = draw(leaf_key, (*stack, m + n, rank), p_dtype)
+        noise.append((AB[..., :m, :], AB[..., m:, :]))  # (..., m, r), (..., n, r)
+    return treedef.unflatten(noise)
+
+
 # -------------------------------------------------------------------------------------------------
 # Forward: x (W + σE) without forming W + σE (Sec. 4.3 of [1])
 # -------------------------------------------------------------------------------------------------
@@ -270,23 +294,13 @@ class Eggroll:
 
     def noise(self, key: jax.Array, params: Any) -> Any:
         """E of one pair: of a matrix (m, n) the factors (A/√r (m, r), B (n, r)), else an array."""
-        leaves, treedef = jax.tree.flatten_with_path(params)
-        noise = []
-        for i, (path, p) in enumerate(leaves):
-            if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.floating)):
-                raise TypeError(
-                    f"params{jax.tree_util.keystr(path)} must be a floating-point array, "
-                    f"got {p!r}; close over what is not to be trained"
-                )
-            leaf_key, dtype = jax.random.fold_in(key, i), jnp.result_type(p)
-            if self.rank is None or p.ndim < 2:
-                noise.append(self.draw(leaf_key, p.shape, dtype))
-                continue
-            *stack, m, n = p.shape
-            AB = self.draw(leaf_key, (*stack, m + n, self.rank), dtype)
-            A, B = AB[..., :m, :], AB[..., m:, :]  # (..., m, r), (..., n, r)
-            noise.append((A / math.sqrt(self.rank), B))  # A Bᵀ has entries of unit variance
-        return treedef.unflatten(noise)
+        kind = jnp.floating, "a floating-point array"
+        noise = draw_noise(key, params, kind, self.draw, self.rank)
+
+        def scaled(p, e):  # A Bᵀ has entries of unit variance
+            return (e[0] / math.sqrt(self.rank), e[1]) if isinstance(e, tuple) else e
+
+        return jax.tree.map(scaled, params, noise)
 
     def perturb(self, params: Any, noise: Any, sign: float = 1.0) -> Any:
         """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
@@ -521,19 +535,7 @@ class IntEggroll:
 
     def noise(self, key: jax.Array, params: Any) -> Any:
         """E of one pair, signs in int8: of a matrix (m, n) a (m, 1) and b (n, 1), else an array."""
-        leaves, treedef = jax.tree.flatten_with_path(params)
-        noise = []
-        for i, (path, p) in enumerate(leaves):
-            if getattr(p, "dtype", None) != jnp.int8:
-                raise TypeError(f"params{jax.tree_util.keystr(path)} must be int8, got {p!r}")
-            leaf_key = jax.random.fold_in(key, i)
-            if p.ndim < 2:
-                noise.append(signs(leaf_key, p.shape, jnp.int8))
-                continue
-            *stack, m, n = p.shape
-            ab = signs(leaf_key, (*stack, m + n, 1), jnp.int8)
-            noise.append((ab[..., :m, :], ab[..., m:, :]))
-        return treedef.unflatten(noise)
+        return draw_noise(key, params, (jnp.int8, "int8"), signs, rank=1)
 
     def perturb(self, params: Any, noise: Any, sign: int = 1) -> Any:
         """The member θ + sign·σ·E: vectors saturated, matrices a LowRank, to be used unsaturated."""

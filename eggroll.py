@@ -524,10 +524,13 @@ def int_rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax
 
 # Command line: train the RNN on text, or on any other file, byte by byte --------------------------
 
-# Method, network and log₂ p in either arithmetic; what the network sees of params; the unit of log₂ p
-# in bits, and that of logits in nats.
-FLOATS = Eggroll, rnn_init, rnn, log2_softmax, lambda params: params, 1, 1
-INTEGERS = IntEggroll, int_rnn_init, int_rnn, int_log2_softmax, weights, 2**-8, math.log(2) / 16
+# Of either arithmetic: method, network, log₂ p, what the network sees of params, the unit of log₂ p
+# in bits, that of logits in nats, and the type of a learning rate.
+FLOATS = Eggroll, rnn_init, rnn, log2_softmax, lambda params: params, 1, 1, jnp.float32
+INTEGERS = (
+    *(IntEggroll, int_rnn_init, int_rnn, int_log2_softmax, weights),
+    *(2**-8, math.log(2) / 16, jnp.int32),
+)
 
 
 def load_text(path: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -614,7 +617,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
 
 def learn(args: argparse.Namespace, state, text, train_step: Callable, held_out: Callable) -> Any:
     """Go on from state, (params, progress), for as long as args say, or until Ctrl-C: the new one."""
-    unit, number = (2**-8, jnp.int32) if args.integer else (1, jnp.float32)
+    *_, unit, _, number = INTEGERS if args.integer else FLOATS
     first, earlier = int(state[1]["step"]), float(state[1]["seconds"])
     clock, reported, done = time.perf_counter(), 0.0, 0.0
     try:
@@ -646,7 +649,7 @@ def learn(args: argparse.Namespace, state, text, train_step: Callable, held_out:
 
 def train(args: argparse.Namespace) -> None:
     """Train, with a line of progress every two seconds; then print a sample and the score."""
-    method, init, cell, log2_p, see, unit, nat = INTEGERS if args.integer else FLOATS
+    method, init, cell, log2_p, see, unit, nat, number = INTEGERS if args.integer else FLOATS
     es, pairs = method(args.sigma, args.rank, chunk=args.chunk), args.population // 2
     fitness = partial(bits, cell=cell, log2_p=log2_p)
     alphabet, text, test = load_text(args.text)
@@ -676,7 +679,7 @@ def train(args: argparse.Namespace) -> None:
     size = sum(p.size for p in state[0].values())
     print(f"{len(text):,} bytes to learn, {len(test):,} held out, {len(alphabet)} different")
     print(f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}")
-    clock, number = time.perf_counter(), jnp.int32 if args.integer else jnp.float32
+    clock = time.perf_counter()
     train_step = train_step.lower(state[0], jnp.int32(0), number(0), text).compile()
     held_out(state[0])
     print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)

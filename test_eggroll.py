@@ -1542,6 +1542,9 @@ def test_it_learns_prints_a_sample_and_ends_with_the_score(kind, stdout, inputs,
     assert len(written.encode()) >= 300 and set(written) <= set(data.decode() + "\ufffd")
     # the baselines, counted in plain Python
     train, test = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
+    alphabet, *parts = eggroll.load_text(HERE / "README.md")  # whose parts differ
+    assert b"".join(bytes(alphabet[part]) for part in parts) == README.encode()
+    assert len(parts[0]) == len(README.encode()) * 9 // 10
     ones, firsts, pairs = map(Counter, (train, train[:-1], itertools.pairwise(train)))
     more = 0.1 * len(set(data))
     p1 = [(ones[b] + 0.1) / (len(train) + more) for b in test[1:]]

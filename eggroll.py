@@ -178,17 +178,15 @@ class Eggroll:
     draw     entries of the noise: signs, normal, uniform or your own (key, shape, dtype) -> array
     chunk    pairs to evaluate at a time, to bound memory, a divisor of all; None for all at once
 
-    params   θ, a pytree of floating-point arrays. One with two axes is a matrix, with more a stack
-             of them; with fewer it has dense noise. Stacked biases (layers, n), too, are a matrix:
-             take `dense` of them before a scan. Where a step is too small for bfloat16, keep params
-             in float32 and cast the members inside the fitness, by jax.tree.map.
-    key      a new one for every population. Noise depends on key, pair and position of the leaf
-             alone, so `gradient` draws again what `evaluate` drew; with keys of impl="rbg" the
-             noise of a pair depends on `chunk`, too.
+    params   θ, a pytree of floating-point arrays: two axes are a matrix, more a stack of them, fewer
+             a vector, whose noise is dense. (Biases stacked for a scan are a matrix, too: `dense`
+             them first.) Keep float32, where no step is too small; cast members in the fitness.
+    key      a new one for every population. Noise is a function of key, pair and leaf alone, so
+             `gradient` draws again what `evaluate` drew; with impl="rbg" also of `chunk`.
     fitness  (params, example) -> scalar, higher is better; in `gradient`: the scores, (pairs, 2)
-    data     a pytree of arrays with a first axis of N/2 pairs, which sets N: both members of pair i
-             see data[i]. If there is nothing to see, jnp.arange(pairs). For many devices, shard
-             this axis over a mesh with axis_types=(AxisType.Auto,).
+    data     a pytree of arrays with a first axis of N/2 pairs: both members of pair i see data[i].
+             With nothing to see, jnp.arange(pairs). For many devices, shard this axis over a mesh
+             in automatic mode, axis_types=(AxisType.Auto,).
 
     Raises ValueError, or TypeError for a leaf of params, if one of these is not as it says here.
     """
@@ -201,11 +199,8 @@ class Eggroll:
     _kind, _noise = jnp.floating, None  # dtypes: of params, and of noise if it is another one
 
     def __post_init__(self):
-        try:
-            if not 0 < float(self.sigma) < math.inf:
-                raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
-        except TypeError:
-            pass  # traced: it has no value to check
+        if isinstance(self.sigma, float | int) and not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
         for name, value in (("rank", self.rank), ("chunk", self.chunk)):
             if value is not None and not (isinstance(value, int | jnp.integer) and value >= 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
@@ -238,7 +233,7 @@ class Eggroll:
         return jax.tree.map(leaf, params, noise)
 
     def _chunks(self, data):
-        """The numbers j of all chunks, and a function of j: (numbers of the chunk's pairs, data)."""
+        """The numbers of the pairs, and data, both in chunks: arrays (chunks, chunk, ...)."""
         data = jax.tree.map(jnp.asarray, data)
         sizes = {x.shape[:1] for x in jax.tree.leaves(data)}
         if len(sizes) != 1 or not (pairs := sum(*sizes)):
@@ -248,14 +243,11 @@ class Eggroll:
             raise ValueError(f"chunk must divide the pairs, got chunk={chunk} and {pairs} pairs")
         if any(jax.typeof(x).sharding.mesh.explicit_axes for x in jax.tree.leaves(data)):
             raise ValueError("data must be on a mesh made with axis_types=(AxisType.Auto,)")
-
-        if chunk == pairs:
-            return jnp.arange(1), lambda j: (jnp.arange(pairs), data)
-        # Chunks are columns: of pairs sharded over devices, in order, each has every device's share.
-        # To slice them out one by one takes no copy of all the data, as a transpose would.
-        shape = chunk, pairs // chunk
-        columns = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (jnp.arange(pairs), data))
-        return jnp.arange(shape[1]), lambda j: jax.tree.map(lambda x: x[:, j], columns)
+        # A chunk takes every (pairs/chunk)-th pair, so of each of many devices an equal share.
+        size = chunk, pairs // chunk
+        return jax.tree.map(
+            lambda x: x.reshape(size + x.shape[1:]).swapaxes(0, 1), (jnp.arange(pairs), data)
+        )
 
     def evaluate(self, fitness: Callable, params: Any, key: jax.Array, data: Any) -> jax.Array:
         """Fitness of every member, (pairs, 2): of θ + σE and of θ - σE."""
@@ -271,8 +263,8 @@ class Eggroll:
         # vmap batches only what differs between members: W does not, so x @ W is one product for
         # all, and noise does not differ by sign, so a pair shares one draw.
         members = jax.vmap(jax.vmap(member, (None, 0)), (0, None), out_axes=1)  # (chunk, 2)
-        both, (chunks, at) = jnp.array([1, -1], jnp.int8), self._chunks(data)
-        scores = jax.lax.map(lambda j: members(both, at(j)), chunks)  # (chunks, chunk, 2)
+        both = jnp.array([1, -1], jnp.int8)
+        scores = jax.lax.map(partial(members, both), self._chunks(data))  # (chunks, chunk, 2)
         return scores.swapaxes(0, 1).reshape(-1, 2)
 
     def _weights(self, f):  # of the pairs in the gradient, (pairs,); the second member has -E
@@ -289,17 +281,16 @@ class Eggroll:
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
             raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
 
-        def add(g, j):
-            i, w = at(j)
+        def add(g, chunk):
+            i, w = chunk
             noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(i)
             return jax.tree.map(lambda g, e: g + weighted_sum(w, e, g.dtype), g, noise), None
 
         # A scan over one chunk is no loop: in one jit with `evaluate`, XLA sees that both draw the
         # same noise, and draws it once. The sum is in float32, at least.
         w = self._weights(f)
-        chunks, at = self._chunks(w)
         g = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, w)), params)
-        g, _ = jax.lax.scan(add, g, chunks)
+        g, _ = jax.lax.scan(add, g, self._chunks(w))
         return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
@@ -567,15 +558,12 @@ def load(path: str, params: dict[str, Any], progress: dict[str, Any]) -> tuple[d
             saved = dict(np.load(file))
     except Exception as error:  # NumPy has many kinds of them for what is no checkpoint
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
-    expected = {name: np.asarray(x) for name, x in (params | progress).items()}
-    got, want = ({(n, f"{x.dtype}{x.shape}") for n, x in a.items()} for a in (saved, expected))
-    if got != want or (saved["alphabet"] != expected["alphabet"]).any():
-        what = (
-            f"has {sorted(got - want)}, expected {sorted(want - got)}"
-            if got != want
-            else "alphabet"
-        )
-        raise ValueError(f"{path} is of another network or text: {what}")
+    got, want = (
+        ", ".join(f"{name} {x.dtype}{x.shape}" for name, x in sorted(arrays.items()))
+        for arrays in (saved, jax.tree.map(np.asarray, params | progress))
+    )
+    if got != want or (saved["alphabet"] != progress["alphabet"]).any():
+        raise ValueError(f"{path} is of another network or text: it has {got}; here are {want}")
     return {name: saved[name] for name in params}, {name: saved[name] for name in progress}
 
 
@@ -687,7 +675,7 @@ def train(args: argparse.Namespace) -> None:
     if args.checkpoint:
         save(args.checkpoint, *state)
     written = alphabet[sample(see(params), key_sample, text[0], 300, cell, nat)]
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may lack characters
+    encoding = sys.stdout.encoding or "utf-8"  # which may lack characters
     shown = bytes(written).decode(errors="replace").encode(encoding, "replace").decode(encoding)
     unigram, bigram = ngram_bits(text, test, len(alphabet))
     print(f"\n{shown}\n")

@@ -233,7 +233,7 @@ class Eggroll:
         return jax.tree.map(leaf, params, noise)
 
     def _chunks(self, data):
-        """The numbers of the pairs, and data, both in chunks: arrays (chunks, chunk, ...)."""
+        """The numbers j of the chunks, and a function of j: (numbers of its pairs, their data)."""
         data = jax.tree.map(jnp.asarray, data)
         sizes = {x.shape[:1] for x in jax.tree.leaves(data)}
         if len(sizes) != 1 or not (pairs := sum(*sizes)):
@@ -243,11 +243,11 @@ class Eggroll:
             raise ValueError(f"chunk must divide the pairs, got chunk={chunk} and {pairs} pairs")
         if any(jax.typeof(x).sharding.mesh.explicit_axes for x in jax.tree.leaves(data)):
             raise ValueError("data must be on a mesh made with axis_types=(AxisType.Auto,)")
-        # A chunk takes every (pairs/chunk)-th pair, so of each of many devices an equal share.
+        # A chunk is a column: every (pairs/chunk)-th pair, so of each of many devices an equal
+        # share. To slice it out takes no copy of the data.
         size = chunk, pairs // chunk
-        return jax.tree.map(
-            lambda x: x.reshape(size + x.shape[1:]).swapaxes(0, 1), (jnp.arange(pairs), data)
-        )
+        columns = jax.tree.map(lambda x: x.reshape(size + x.shape[1:]), (jnp.arange(pairs), data))
+        return jnp.arange(size[1]), lambda j: jax.tree.map(lambda x: x[:, j], columns)
 
     def evaluate(self, fitness: Callable, params: Any, key: jax.Array, data: Any) -> jax.Array:
         """Fitness of every member, (pairs, 2): of θ + σE and of θ - σE."""
@@ -263,8 +263,8 @@ class Eggroll:
         # vmap batches only what differs between members: W does not, so x @ W is one product for
         # all, and noise does not differ by sign, so a pair shares one draw.
         members = jax.vmap(jax.vmap(member, (None, 0)), (0, None), out_axes=1)  # (chunk, 2)
-        both = jnp.array([1, -1], jnp.int8)
-        scores = jax.lax.map(partial(members, both), self._chunks(data))  # (chunks, chunk, 2)
+        both, (chunks, at) = jnp.array([1, -1], jnp.int8), self._chunks(data)
+        scores = jax.lax.map(lambda j: members(both, at(j)), chunks)  # (chunks, chunk, 2)
         return scores.swapaxes(0, 1).reshape(-1, 2)
 
     def _weights(self, f):  # of the pairs in the gradient, (pairs,); the second member has -E
@@ -281,16 +281,17 @@ class Eggroll:
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
             raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
 
-        def add(g, chunk):
-            i, w = chunk
+        def add(g, j):
+            i, w = at(j)
             noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(i)
             return jax.tree.map(lambda g, e: g + weighted_sum(w, e, g.dtype), g, noise), None
 
         # A scan over one chunk is no loop: in one jit with `evaluate`, XLA sees that both draw the
         # same noise, and draws it once. The sum is in float32, at least.
         w = self._weights(f)
+        chunks, at = self._chunks(w)
         g = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, w)), params)
-        g, _ = jax.lax.scan(add, g, self._chunks(w))
+        g, _ = jax.lax.scan(add, g, chunks)
         return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:

@@ -290,7 +290,9 @@ class Eggroll:
         # same noise, and draws it once. The sum is in float32, at least.
         w = self._weights(f)
         chunks, at = self._chunks(w)
-        g = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.result_type(p, w)), params)
+        g = jax.tree.map(
+            lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.result_type(p), w.dtype)), params
+        )
         g, _ = jax.lax.scan(add, g, chunks)
         return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 

@@ -1733,7 +1733,7 @@ def test_any_cell_of_the_tutorial_may_be_run_again_and_is_short():
     times = Counter(name for _, binds in cells for name in binds)
     assert not [(i, n) for i, (reads, _) in enumerate(cells) for n in reads if times[n] > 1]
     lines = [len(source.splitlines()) for source in sources]
-    assert max(lines[1:]) <= 30 and sum(lines) <= 950  # but for the imports
+    assert max(lines) <= 30 and sum(lines) <= 950
 
 
 def test_the_tutorial_is_kept_as_one_whole_run():

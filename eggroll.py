@@ -7,7 +7,7 @@ costs little more than inference, while the update, a sum of many products, can 
 
     noise      E = A Bᵀ/√r                         A (m, r), B (n, r): iid, symmetric, variance 1
     forward    x (W + σE) = xW + σ (xA) Bᵀ/√r      no perturbed matrix is ever formed
-    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   estimates the gradient of the mean of f(W + σE)
+    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   the gradient of the mean of f(W + σE), nearly
 
 The fitness f may be any function of a pytree of arrays. The N members are pairs W ± σE:
 
@@ -86,7 +86,7 @@ class LowRank:
 
     A model may write x @ M, M @ x, M.T, and M[i] for rows, as of an embedding: integers i of any
     shape, to (*i.shape, n). All else is an error and needs the array `dense(M)`. But jax.tree.map
-    sees W, A and B: it may cast them; a norm or a penalty wants dense(params).
+    maps over W, A and B: right for a cast, wrong for a norm, which wants dense(params).
 
     Leading axes, common to W, A and B, make a stack of matrices, which scan, vmap and M[i] take
     apart. Stack the layers of a deep network: 128 in a list take 20 times as long to compile.
@@ -146,7 +146,7 @@ def dense(tree: Any) -> Any:
 def standardize(fitness: jax.Array) -> jax.Array:
     """Fitness shifted and scaled to zero mean and unit variance over the population, in float32.
 
-    What is not finite counts as the worst of the others. If nothing can be told apart, all is zero.
+    NaN and infinities count as the worst finite score. If nothing can be told apart, all is zero.
     """
     f = jnp.asarray(fitness, jnp.float32)
     finite = jnp.isfinite(f)
@@ -236,7 +236,7 @@ class Eggroll:
         """The numbers j of the chunks, and a function of j: (numbers of its pairs, their data)."""
         data = jax.tree.map(jnp.asarray, data)
         sizes = {x.shape[:1] for x in jax.tree.leaves(data)}
-        if len(sizes) != 1 or not (pairs := sum(*sizes)):
+        if len(sizes) != 1 or not (pairs := sum(*sizes)):  # of (pairs,), or of a scalar's ()
             shapes = jax.tree.map(jnp.shape, data)
             raise ValueError(f"arrays of data must share a first axis, pairs ≥ 1, got {shapes}")
         if pairs % (chunk := self.chunk or pairs):
@@ -274,8 +274,9 @@ class Eggroll:
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
-        Its mean is ∇J if E is normal and of full rank; at rank r it differs by O(1/r) if f is smooth,
-        or if f is bounded and the noise has a density, as signs have not (theory/3-convergence.md).
+        Its mean is ∇J if E is normal and of full rank. At rank r it differs by O(1/r) if f is bounded
+        and the noise has a density, as signs have not; with signs, if f is made of waves, and but
+        for vectors, whose noise is of full rank (theory/3-convergence.md).
         """
         f = jnp.asarray(fitness)
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
@@ -466,7 +467,7 @@ def product(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
         y = dot(x, M.W) + dot(x, M.A) @ M.B.mT.astype(jnp.int32)
     else:
         y = dot(x, M)
-    return (y * round(2**11 / math.sqrt(x.shape[-1]))) >> 15  # 11, and 4 as i stands for i/16
+    return (y * round(2**11 / math.sqrt(x.shape[-1]))) >> 15  # 2¹¹ of the factor, and 2⁴ = 16
 
 
 def rows(M: jax.Array | LowRank, i: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@
     models                                                  mlp_is, bits_is, sample_follows
     command line: learns, resumes, Ctrl-C, kill, errors     it_learns, going_on, ctrl_c, a_save, bad_input
     examples, links and commands in the documents           the_method, the_example, the_documents
+    recipes of README; the tutorial                         recipes_, ranks_, any_cell, the_tutorial, acrobot
 
 Statistical tolerances are `SE` standard errors of the estimator, computed from theory or from the
 sample itself: at 5 a correct program fails one comparison in a million, whatever the seed.
@@ -1724,7 +1725,7 @@ def test_recipes_run_as_printed(title, inputs):
     with jax.numpy_rank_promotion("allow"):
         names |= run(EXAMPLE.replace("range(200)", "range(2)"), names)
         if title.startswith("A fitness"):
-            names |= {"policy": eggroll.mlp_init(KEY, (4, 8, 2)), "pairs": 2}
+            names["pairs"] = 2
         for block in recipe:
             names |= run(block, names)
         (tried,) = [t for start, t in TRIED.items() if title.startswith(start)] or [

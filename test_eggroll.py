@@ -749,7 +749,7 @@ def test_random_covariance(r):
     assert_same_mean(g, h(A @ A.mT / r).mean(axis=1), h(np.eye(2)))
 
 
-@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("r", [1, 2])
 def test_random_sigma_in_every_layer(r):
     """Page 3: a net of hard steps, whose layers see full-rank noise, but of σ τₗ, independently."""
     rng, sigma, x = np.random.default_rng(0), 0.8, np.array([1.0, -0.5, 0.7])
@@ -801,7 +801,7 @@ def test_error_of_a_network():
     equal(200 * (g(200) - G(1)), c, atol=0.02 * np.abs(c).max())
     scores = lambda M: jnp.mean(jnp.argmax(jnp.sign(x @ M) @ V, axis=1) == labels) - 0.5
     for r in 1, 2:
-        code = estimates(Eggroll(sigma, r, normal), scores, jnp.float32(W), 16384)
+        code = estimates(Eggroll(sigma, r, normal), scores, jnp.float32(W), 8192)
         assert_mean(code, g(r))
         error = np.linalg.norm(code.std(axis=0)) / 8
         assert np.linalg.norm(code.mean(axis=0) - G(1)) > SE * error

@@ -7,7 +7,7 @@ costs little more than inference, while the update, a sum of many products, can 
 
     noise      E = A Bᵀ/√r                         A (m, r), B (n, r): iid, symmetric, variance 1
     forward    x (W + σE) = xW + σ (xA) Bᵀ/√r      no perturbed matrix is ever formed
-    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   the gradient of the mean of f(W + σE), nearly
+    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   nearly the gradient of the mean of f(W + σE)
 
 The fitness f may be any function of a pytree of arrays. The N members are pairs W ± σE:
 
@@ -199,8 +199,11 @@ class Eggroll:
     _kind, _noise = jnp.floating, None  # dtypes: of params, and of noise if it is another one
 
     def __post_init__(self):
-        if isinstance(self.sigma, float | int) and not 0 < self.sigma < math.inf:
-            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        try:
+            if not 0 < float(self.sigma) < math.inf:
+                raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        except TypeError:
+            pass  # traced: it has no value to check
         for name, value in (("rank", self.rank), ("chunk", self.chunk)):
             if value is not None and not (isinstance(value, int | jnp.integer) and value >= 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
@@ -275,8 +278,8 @@ class Eggroll:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
         Its mean is ∇J if E is normal and of full rank. At rank r it differs by O(1/r) if f is bounded
-        and the noise has a density, as signs have not; with signs, if f is made of waves, and but
-        for vectors, whose noise is of full rank (theory/3-convergence.md).
+        and the factors have a density, as signs have not, or if f is a superposition of waves; but
+        vectors, whose noise has no rank, are normal with draw=normal alone (theory/3-convergence.md).
         """
         f = jnp.asarray(fitness)
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
@@ -562,12 +565,11 @@ def load(path: str, params: dict[str, Any], progress: dict[str, Any]) -> tuple[d
             saved = dict(np.load(file))
     except Exception as error:  # NumPy has many kinds of them for what is no checkpoint
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
-    got, want = (
-        ", ".join(f"{name} {x.dtype}{x.shape}" for name, x in sorted(arrays.items()))
-        for arrays in (saved, jax.tree.map(np.asarray, params | progress))
-    )
+    both = saved, jax.tree.map(np.asarray, params | progress)
+    got, want = ({(name, f"{x.dtype}{x.shape}") for name, x in a.items()} for a in both)
+    what = f"has {sorted(got - want)}, expected {sorted(want - got)}" if got != want else "alphabet"
     if got != want or (saved["alphabet"] != progress["alphabet"]).any():
-        raise ValueError(f"{path} is of another network or text: it has {got}; here are {want}")
+        raise ValueError(f"{path} is of another network or text: {what}")
     return {name: saved[name] for name in params}, {name: saved[name] for name in progress}
 
 
@@ -679,7 +681,7 @@ def train(args: argparse.Namespace) -> None:
     if args.checkpoint:
         save(args.checkpoint, *state)
     written = alphabet[sample(see(params), key_sample, text[0], 300, cell, nat)]
-    encoding = sys.stdout.encoding or "utf-8"  # which may lack characters
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may lack characters
     shown = bytes(written).decode(errors="replace").encode(encoding, "replace").decode(encoding)
     unigram, bigram = ngram_bits(text, test, len(alphabet))
     print(f"\n{shown}\n")

@@ -162,7 +162,7 @@ def weighted_sum(w: jax.Array, e: Any, dtype) -> jax.Array:
     if not isinstance(e, tuple):
         return jnp.tensordot(w, e, axes=1, preferred_element_type=dtype)
     A, B = e
-    wA = w.reshape(-1, *[1] * (A.ndim - 1)) * A  # (P, ..., m, r)
+    wA = jax.vmap(jnp.multiply)(w, A)  # (P, ..., m, r)
     return jnp.einsum("p...mr,p...nr->...mn", wA, B, preferred_element_type=dtype)
 
 
@@ -386,8 +386,7 @@ def sample(params: Any, key: jax.Array, token, length: int, cell=rnn, unit=1.0) 
         return (h, token), token
 
     h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
-    carry = h, jnp.asarray(token, jnp.int32)
-    return jax.lax.scan(write, carry, jax.random.split(key, length))[1]
+    return jax.lax.scan(write, (h, jnp.int32(token)), jax.random.split(key, length))[1]
 
 
 # Integers: the same method and network without a float (Sec. 6.1, App. G and H of [1]) ------------
@@ -522,13 +521,10 @@ def int_rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax
 
 # Command line: train the RNN on text, or on any other file, byte by byte --------------------------
 
-# Of either arithmetic: method, network, log₂ p, what the network sees of params, the unit of log₂ p
-# in bits, that of logits in nats, and the type of a learning rate.
-FLOATS = Eggroll, rnn_init, rnn, log2_softmax, lambda params: params, 1, 1, jnp.float32
-INTEGERS = (
-    *(IntEggroll, int_rnn_init, int_rnn, int_log2_softmax, weights),
-    *(2**-8, math.log(2) / 16, jnp.int32),
-)
+# In either arithmetic: method, network, log₂ p, what the network sees of params, the unit of log₂ p
+# in bits, and that of logits in nats.
+FLOATS = Eggroll, rnn_init, rnn, log2_softmax, lambda params: params, 1, 1
+INTEGERS = IntEggroll, int_rnn_init, int_rnn, int_log2_softmax, weights, 2**-8, math.log(2) / 16
 
 
 def load_text(path: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -605,22 +601,22 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
     args.lr = args.lr or (2**16 / math.sqrt(N / 2) if args.integer else 0.35 * math.sqrt(N / 4096))
     if args.integer and (16 * args.sigma % 1 or args.lr < 1):
         parser.error("--integer needs --sigma in sixteenths, as 0.125, and --lr of at least 1")
-    args.sigma = int(16 * args.sigma) if args.integer else args.sigma
+    if args.integer:
+        args.sigma, args.lr = int(16 * args.sigma), int(args.lr)
     return args, parser.error
 
 
 def learn(args: argparse.Namespace, state, text, train_step: Callable, held_out: Callable) -> Any:
     """Go on from state, (params, progress), for as long as args say, or until Ctrl-C: the new one."""
-    *_, unit, _, number = INTEGERS if args.integer else FLOATS
+    unit = (INTEGERS if args.integer else FLOATS)[5]
     first, earlier = int(state[1]["step"]), float(state[1]["seconds"])
     clock, reported, done = time.perf_counter(), 0.0, 0.0
     try:
         while done < 1:
             params, progress = state
             step = int(progress["step"])
-            lr = number(args.lr / (1 + step / 600))
-            params, scores = train_step(params, jnp.int32(step), lr, text)
-            scores.block_until_ready()
+            lr = type(args.lr)(args.lr / (1 + step / 600))
+            params, scores = jax.block_until_ready(train_step(params, step, lr, text))
             elapsed, steps = time.perf_counter() - clock, step + 1 - first
             state = params, progress | {"step": step + 1, "seconds": earlier + elapsed}
             done = steps / args.steps if args.steps else elapsed / args.seconds
@@ -643,7 +639,7 @@ def learn(args: argparse.Namespace, state, text, train_step: Callable, held_out:
 
 def train(args: argparse.Namespace) -> None:
     """Train, with a line of progress every two seconds; then print a sample and the score."""
-    method, init, cell, log2_p, see, unit, nat, number = INTEGERS if args.integer else FLOATS
+    method, init, cell, log2_p, see, unit, nat = INTEGERS if args.integer else FLOATS
     es, pairs = method(args.sigma, args.rank, chunk=args.chunk), args.population // 2
     fitness = partial(bits, cell=cell, log2_p=log2_p)
     alphabet, text, test = load_text(args.text)
@@ -674,7 +670,7 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(text):,} bytes to learn, {len(test):,} held out, {len(alphabet)} different")
     print(f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}")
     clock = time.perf_counter()
-    train_step = train_step.lower(state[0], jnp.int32(0), number(0), text).compile()
+    train_step = train_step.lower(state[0], 0, args.lr, text).compile()
     held_out(state[0])
     print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
     params, progress = state = learn(args, state, text, train_step, held_out)

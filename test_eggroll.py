@@ -157,6 +157,13 @@ def test_noise_has_mean_zero_and_identity_covariance_at_every_rank(name, rank, d
     assert (np.abs(covariance - np.eye(94)) <= 6 * error + 1e-12).all()  # 4465 comparisons
 
 
+@pytest.mark.parametrize("size", [1, 32, 33, 1000])
+def test_signs_are_the_bits_of_the_random_words_in_order(size):
+    words = np.asarray(jax.random.bits(KEY, (-(-size // 32),), jnp.uint32))
+    bits = [int(w) >> k & 1 for w in words for k in range(32)][:size]
+    np.testing.assert_array_equal(signs(KEY, (size,)), 2.0 * np.array(bits) - 1)
+
+
 @pytest.mark.parametrize("es, dtype", [(Eggroll(1.0, 1, normal), float), (IntEggroll(), int)])
 def test_noise_differs_between_leaves_layers_pairs_and_generations_alone(es, dtype):
     square = jnp.zeros((30, 30), dtype)
@@ -1642,6 +1649,23 @@ def test_bad_input_is_refused_in_one_line(options, inputs, capsys):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1
     assert re.search(REFUSED[options], error)
+
+
+def test_chunks_run_where_the_whole_population_is_out_of_memory(inputs):
+    """With 2 GB of address space, which 2²⁰ members exceed at once and 4096 of them do not."""
+    code = """if True:
+        import resource, eggroll
+        eggroll.jax.devices()
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30),) * 2)
+        eggroll.main()
+    """
+    options = f"--text abc.txt --population {2**20} --rank 8 --length 8 --hidden 8 --steps 1"
+    whole, parts = (python("-c", code, *options.split(), *more) for more in ([], ["--chunk", 2048]))
+    errors = [process.communicate(timeout=300)[1] for process in (whole, parts)]
+    assert re.fullmatch(r".*out of memory.*--chunk.*\n", errors[0])
+    assert (whole.returncode, parts.returncode) == (2, 0) and "out of memory" not in errors[1]
 
 
 # Documents ---------------------------------------------------------------------------------------

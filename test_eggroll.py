@@ -895,12 +895,17 @@ def test_fourth_cumulant(noise):
 
 @pytest.mark.parametrize("law", DRAWS)
 def test_constant_of_the_error(law):
-    """Page 3: r(φ_r - φ_∞) → φ_∞K₄/24 and r(g_r - g_∞) → φ_∞(K₄ω - ∇K₄)/(24σ)."""
+    """Page 3: r(φ_r - φ_∞) → φ_∞K₄/24, r(g_r - g_∞) → φ_∞(K₄ω - ∇K₄)/(24σ); of the spread, too."""
     omega, r = wave_of_norm(1.8, 3, 2), 10**5
     limit, (K, gradient) = phi(omega, math.inf), fourth_cumulant(omega, law)
     leading = limit[0] / 24 * np.append(K, gradient - K * omega)  # σg = -∇φ
     equal(r * (phi(omega, r, law) - limit), leading, rtol=1e-4)
     equal(np.sum(omega * (K * omega - gradient)), (1.8**2 - 4) * K)
+    spread = [
+        math.sqrt(0.5 - phi(2 * omega, q, law)[0].real / 2) for q in (r, math.inf)
+    ]  # of scores
+    K = fourth_cumulant(2 * omega, law)[0] * phi(2 * omega, math.inf)[0].real
+    equal(r * (spread[0] - spread[1]), -K / (96 * spread[1]), rtol=1e-3)
 
 
 def test_cubic_fitness(noise):

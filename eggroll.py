@@ -214,8 +214,9 @@ class Eggroll:
         noise = []
         for i, (path, p) in enumerate(leaves):
             if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, self._kind)):
-                what = f"params{jax.tree_util.keystr(path)} must be a {self._kind.__name__} array"
-                raise TypeError(f"{what}, got {p!r}; close over what is not to be trained")
+                where, got = jax.tree_util.keystr(path), getattr(p, "dtype", repr(p))
+                what = f"params{where} must be an array of {self._kind.__name__}, got {got}"
+                raise TypeError(f"{what}; close over what is not to be trained")
             leaf_key, dtype = jax.random.fold_in(key, i), self._noise or jnp.result_type(p)
             if self.rank is None or p.ndim < 2:
                 noise.append(self.draw(leaf_key, p.shape, dtype))
@@ -425,7 +426,7 @@ class IntEggroll(Eggroll):
         if not (isinstance(self.sigma, int | jnp.integer) and self.sigma <= 127):
             raise ValueError(f"sigma must be an integer of 1 to 127 sixteenths, got {self.sigma!r}")
         if (self.rank, self.draw) != (1, signs):
-            raise ValueError(f"integers need rank=1, draw=signs, got {self.rank}, {self.draw}")
+            raise ValueError(f"integers need rank=1 and draw=signs, got {self}")
 
     def perturb(self, params, noise, sign=1):
         """The member θ + sign·σ·E."""
@@ -599,8 +600,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
     args.sigma = args.sigma or (0.125 if args.integer else 0.04)
     N = args.population  # noise moves a number by lr/(σ√N) in a step, an integer by lr √(N/2)
     args.lr = args.lr or (2**16 / math.sqrt(N / 2) if args.integer else 0.35 * math.sqrt(N / 4096))
-    if args.integer and (16 * args.sigma % 1 or args.lr < 1):
-        parser.error("--integer needs --sigma in sixteenths, as 0.125, and --lr of at least 1")
+    if args.integer and (16 * args.sigma % 1 or not 1 <= args.lr < 2**31 / N):
+        parser.error("--integer needs --sigma in sixteenths, --lr from 1 to 2³¹/population")
     if args.integer:
         args.sigma, args.lr = int(16 * args.sigma), int(args.lr)
     return args, parser.error

@@ -1714,9 +1714,8 @@ def blocks(markdown):
 
 EXAMPLE, *_ = blocks(README)
 RECIPES = dict(re.findall(r"summary>(.*?)</summary>(.*?)</d", README, re.DOTALL))
-LIBRARIES = dict(
-    optax="optax", gymnasium="gymnasium", eqx="equinox", nnx="flax.nnx", linen="flax.linen"
-)
+LIBRARIES = {"eqx": "equinox", "nnx": "flax.nnx", "linen": "flax.linen"}
+LIBRARIES |= {name: name for name in ("optax", "gymnasium")}
 TRIED = {  # what is done with the names that a recipe defines: a step, if nothing else is said
     "The same batch": "batch_step(params, key, jax.tree.map(lambda x: x[1], data), 0.6)",
     "σ and": "scheduled_step(params, key, data, 7)",

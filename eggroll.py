@@ -302,7 +302,7 @@ class Eggroll:
         return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
 
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
-        """One generation, θ ← θ + lr·g with g from standardized fitness: (new params, fitness).
+        """One generation, θ ← θ + lr·g with g from standardised fitness: (new params, fitness).
 
         Noise moves every entry by about lr/(σ√N): fewer members need a lower lr. Other optimisers
         than plain ascent take g from the three parts.

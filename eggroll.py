@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 
 # isort: split
-# For integers and the command line only:
+# Not for the method, only for integers and the command line:
 import argparse
 import os
 import pydoc_data.topics
@@ -86,10 +86,11 @@ class LowRank:
 
     A model may write x @ M, M @ x, M.T, and M[i] for rows, as of an embedding: integers i of any
     shape, to (*i.shape, n). All else is an error and needs the array `dense(M)`. But jax.tree.map
-    maps over W, A and B: right for a cast, wrong for a norm, which wants dense(params).
+    maps over W, A and B: right for a cast, wrong for a norm or 0.5 * M, which want dense(params).
 
-    Leading axes, common to W, A and B, make a stack of matrices, which scan, vmap and M[i] take
-    apart. Stack the layers of a deep network: 128 in a list take 20 times as long to compile.
+    Leading axes, common to W, A and B, make a stack of matrices, which scan, vmap (along the first
+    axis) and M[i] take apart. Stack the layers of a deep network: 128 in a list take 20 times as
+    long to compile.
     """
 
     W: jax.Array
@@ -99,7 +100,12 @@ class LowRank:
     shape = property(lambda self: self.W.shape)
     ndim = property(lambda self: self.W.ndim)
     dtype = property(lambda self: self.W.dtype)
-    __array__ = __array_ufunc__ = __bool__ = __eq__ = __iter__ = None  # nothing made up
+    __array_ufunc__ = __iter__ = None  # NumPy leaves array @ M to __rmatmul__; rows are M[i]
+
+    def _refuse(self, *_, **__):
+        raise TypeError("LowRank only multiplies and gives rows; all else needs dense(M)")
+
+    __array__ = __bool__ = __eq__ = _refuse  # which Python and NumPy would make up
 
     def __rmatmul__(self, x):
         return x @ self.W + (x @ self.A) @ self._Bt  # (..., n)
@@ -108,7 +114,7 @@ class LowRank:
         return self.W @ x + self.A @ (self._Bt @ x)  # (m,) or (m, k)
 
     def __getitem__(self, i):
-        if i is ...:
+        if i is ...:  # so Flax NNX reads a weight
             return self
         if not jnp.issubdtype(getattr(i, "dtype", type(i)), jnp.integer):
             raise TypeError(f"M[i] takes integers, got {i!r}; dense(M)[i] takes anything")
@@ -152,7 +158,7 @@ def standardize(fitness: jax.Array) -> jax.Array:
     finite = jnp.isfinite(f)
     f = jnp.where(finite, f, 0)
     f = jnp.ldexp(f, -jnp.frexp(jnp.max(jnp.abs(f)))[1])  # below 1 by powers of 2: no overflow
-    f = jnp.where(finite, f - jnp.min(f, where=finite, initial=1), 0)
+    f = jnp.where(finite, f - jnp.min(f, where=finite, initial=1), 0)  # all were below 1
     f = f - jnp.mean(f)
     return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), jnp.finfo(f.dtype).tiny)
 
@@ -173,14 +179,15 @@ def weighted_sum(w: jax.Array, e: Any, dtype) -> jax.Array:
 class Eggroll:
     """Evolution strategies with low-rank noise and antithetic pairs.
 
-    sigma    noise scale σ > 0, in units of the parameters; may be traced, as by a schedule
+    sigma    noise scale σ > 0, in units of the parameters; may be traced: an Eggroll may be made
+             inside of jit, of a σ that follows a schedule, or be an argument of it
     rank     rank r ≥ 1 of the noise; None for full rank: ordinary ES, the baseline
     draw     entries of the noise: signs, normal, uniform or your own (key, shape, dtype) -> array
     chunk    pairs to evaluate at a time, to bound memory, a divisor of all; None for all at once
 
     params   θ, a pytree of floating-point arrays: two axes are a matrix, more a stack of them, fewer
              a vector, whose noise is dense. (Biases stacked for a scan are a matrix, too: `dense`
-             them first.) Keep float32, where no step is too small; cast members in the fitness.
+             them first.) Keep float32: bfloat16 loses small steps. Cast members in the fitness.
     key      a new one for every population. Noise is a function of key, pair and leaf alone, so
              `gradient` draws again what `evaluate` drew; with impl="rbg" also of `chunk`.
     fitness  (params, example) -> scalar, higher is better; in `gradient`: the scores, (pairs, 2)
@@ -240,9 +247,10 @@ class Eggroll:
         """The numbers j of the chunks, and a function of j: (numbers of its pairs, their data)."""
         data = jax.tree.map(jnp.asarray, data)
         sizes = {x.shape[:1] for x in jax.tree.leaves(data)}
-        if len(sizes) != 1 or not (pairs := sum(*sizes)):  # of (pairs,), or of a scalar's ()
+        if len(sizes) != 1 or sizes & {(), (0,)}:
             shapes = jax.tree.map(jnp.shape, data)
             raise ValueError(f"arrays of data must share a first axis, pairs ≥ 1, got {shapes}")
+        ((pairs,),) = sizes
         if pairs % (chunk := self.chunk or pairs):
             raise ValueError(f"chunk must divide the pairs, got chunk={chunk} and {pairs} pairs")
         if any(jax.typeof(x).sharding.mesh.explicit_axes for x in jax.tree.leaves(data)):
@@ -278,9 +286,10 @@ class Eggroll:
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
-        Its mean is ∇J if E is normal and of full rank. At rank r it differs by O(1/r) if f is bounded
-        and the factors have a density, as signs have not, or if f is a superposition of waves; but
-        vectors, whose noise has no rank, are normal with draw=normal alone (theory/3-convergence.md).
+        Its mean is ∇J if E is normal and of full rank. At rank r the part of a matrix differs from
+        that by O(1/r): for bounded f if the factors have a density, which signs have not, and for
+        superpositions of waves with any draw. Vectors have no rank; normal makes their part exact
+        (theory/3-convergence.md).
         """
         f = jnp.asarray(fitness)
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
@@ -304,8 +313,9 @@ class Eggroll:
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with g from standardised fitness: (new params, fitness).
 
-        Noise moves every entry by about lr/(σ√N): fewer members need a lower lr. Other optimisers
-        than plain ascent take g from the three parts.
+        Call it inside of jit: outside, every call compiles anew. Noise moves every entry by about
+        lr/(σ√N), so half as many members need a lr lower by √2. Other optimisers than plain ascent
+        take g from the three parts.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))
@@ -409,7 +419,7 @@ class IntEggroll(Eggroll):
 
     sigma   noise scale, an integer of 1 to 127 sixteenths: 2 stands for σ = 1/8
     params  int32, from -127 · 2¹⁶ to 127 · 2¹⁶; members have what `weights` makes of them
-    lr      an integer below 2³⁰/pairs, in units of 2⁻¹⁶ weights a vote
+    lr      an integer, in units of 2⁻¹⁶ weights a vote; above 2³⁰/pairs it counts as that
 
     The noise has rank 1 and signs for entries, so a member W ± σ a bᵀ is a matrix of integers. Models
     write product(x, M) for x @ M and rows(M, i) for M[i].
@@ -426,7 +436,8 @@ class IntEggroll(Eggroll):
         if not (isinstance(self.sigma, int | jnp.integer) and self.sigma <= 127):
             raise ValueError(f"sigma must be an integer of 1 to 127 sixteenths, got {self.sigma!r}")
         if (self.rank, self.draw) != (1, signs):
-            raise ValueError(f"integers need rank=1 and draw=signs, got {self}")
+            draw = getattr(self.draw, "__name__", self.draw)
+            raise ValueError(f"integers need rank=1 and draw=signs, got {self.rank} and {draw}")
 
     def perturb(self, params, noise, sign=1):
         """The member θ + sign·σ·E."""
@@ -450,7 +461,7 @@ class IntEggroll(Eggroll):
         if not jnp.issubdtype(jnp.result_type(lr), jnp.integer):
             raise TypeError(f"lr must be an integer, got {lr}")
         scores, end = self.evaluate(fitness, params, key, data), 127 << 16
-        votes = self.gradient(params, key, scores)
+        votes, lr = self.gradient(params, key, scores), jnp.minimum(lr, 2**30 // len(scores))
         return jax.tree.map(lambda p, v: jnp.clip(p + lr * v, -end, end), params, votes), scores
 
 
@@ -564,9 +575,11 @@ def load(path: str, params: dict[str, Any], progress: dict[str, Any]) -> tuple[d
         raise ValueError(f"{path} is not a checkpoint: {error}") from error
     both = saved, jax.tree.map(np.asarray, params | progress)
     got, want = ({(name, f"{x.dtype}{x.shape}") for name, x in a.items()} for a in both)
-    what = f"has {sorted(got - want)}, expected {sorted(want - got)}" if got != want else "alphabet"
-    if got != want or (saved["alphabet"] != progress["alphabet"]).any():
-        raise ValueError(f"{path} is of another network or text: {what}")
+    if got != want:
+        has = f"has {sorted(got - want)}, expected {sorted(want - got)}"
+        raise ValueError(f"{path} is of another network or text: {has}")
+    if (saved["alphabet"] != progress["alphabet"]).any():
+        raise ValueError(f"{path} is of another text: it has other bytes")
     return {name: saved[name] for name in params}, {name: saved[name] for name in progress}
 
 
@@ -594,14 +607,14 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
             parser.error(f"--{name} must be positive and finite, got {value}")
     if args.population % 2:
         parser.error(f"--population must be even, got {args.population}")
-    if args.rank != "full" and not args.rank.isdecimal():
-        parser.error(f"--rank must be full or a number, got {args.rank}")
+    if args.rank != "full" and not (args.rank.isdecimal() and int(args.rank)):
+        parser.error(f"--rank must be full or a number of at least 1, got {args.rank}")
     args.rank = None if args.rank == "full" else int(args.rank)
     args.sigma = args.sigma or (0.125 if args.integer else 0.04)
     N = args.population  # noise moves a number by lr/(σ√N) in a step, an integer by lr √(N/2)
     args.lr = args.lr or (2**16 / math.sqrt(N / 2) if args.integer else 0.35 * math.sqrt(N / 4096))
     if args.integer and (16 * args.sigma % 1 or not 1 <= args.lr < 2**31 / N):
-        parser.error("--integer needs --sigma in sixteenths, --lr from 1 to 2³¹/population")
+        parser.error("--integer needs a multiple of 1/16 for --sigma, --lr of 1 to 2³¹/population")
     if args.integer:
         args.sigma, args.lr = int(16 * args.sigma), int(args.lr)
     return args, parser.error

@@ -1721,7 +1721,8 @@ LIBRARIES |= {name: name for name in ("optax", "gymnasium")}
 TRIED = {  # what is done with the names that a recipe defines: a step, if nothing else is said
     "The same batch": "batch_step(params, key, jax.tree.map(lambda x: x[1], data), 0.6)",
     "σ and": "scheduled_step(params, key, data, 7)",
-    "Optax": "optax_step(params, optimizer.init(params), key, data)",
+    "Optax": "optax_step(params, state, key, data)",
+    "Integers": "int_step(ints, key, data, 2**11)",
     "Train only": "head_step(params[1], params[0], key, data, 0.6)",
     "Half": "es.step(half, params, key, data, 0.6)",
     "A fitness": "g, scores",

@@ -131,9 +131,7 @@ class LowRank:
     @property
     def _Bt(self):  # (..., r, n)
         if jnp.issubdtype(self.dtype, jnp.integer):
-            raise TypeError(
-                "integers would wrap: write product(x, M) for x @ M, rows(M, i) for M[i]"
-            )
+            raise TypeError("integers wrap: write product(x, M) for x @ M, rows(M, i) for M[i]")
         return self.B.mT
 
 

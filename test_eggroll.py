@@ -1766,6 +1766,12 @@ def test_recipes_run_as_printed(title, inputs):
             batches = [jax.tree.map(lambda x, i=i: x[i], names["data"]) for i in (2, 3)]
             first, other = (names["batch_step"](names["params"], KEY, b, 1.0)[1] for b in batches)
             assert (first != other).any() and names["batch_step"]._cache_size() == 1
+        if "mesh" in names:  # all devices work if a member uses its number
+            numbers = jax.device_put(jnp.arange(8), names["data"][1].sharding)
+            for used, devices in (1, 8), (0, 1):
+                fit = lambda params, i, used=used: jnp.sum(params["b"]) + (0 * i if used else 0)
+                new, _ = jax.jit(partial(Eggroll(0.1).step, fit))(PARAMS, KEY, numbers, 1.0)
+                assert len(new["b"].sharding.device_set) == devices
 
 
 def test_ranks_withstand_outliers(inputs):

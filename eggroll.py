@@ -9,7 +9,8 @@ costs little more than inference, while the update, a sum of many products, can 
     forward    x (W + σE) = xW + σ (xA) Bᵀ/√r      no perturbed matrix is ever formed
     update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   nearly the gradient of the mean of f(W + σE)
 
-The fitness f may be any function of a pytree of arrays. The N members are pairs W ± σE:
+The fitness f may be any JAX function of a pytree of arrays, differentiable or not. The N members are
+pairs W ± σE:
 
     import jax, jax.numpy as jnp
     from eggroll import Eggroll
@@ -86,10 +87,10 @@ class LowRank:
 
     A model may write x @ M, M @ x, M.T, and M[i] for rows, as of an embedding: integers i of any
     shape, to (*i.shape, n). All else is an error and needs the array `dense(M)`. But jax.tree.map
-    maps over W, A and B: right for a cast, wrong for a norm or 0.5 * M, which want dense(params).
+    acts on W, A and B: that is right for a cast, and for nothing else, so give it dense(params).
 
-    Leading axes, common to W, A and B, make a stack of matrices, which scan, vmap (along the first
-    axis) and M[i] take apart. Stack the layers of a deep network: 128 in a list take 20 times as
+    Leading axes, common to W, A and B, make a stack of matrices. Take it apart by scan, by M[i], or
+    by vmap over its first axis. Stack the layers of a deep network: 128 in a list take 20 times as
     long to compile.
     """
 
@@ -108,9 +109,13 @@ class LowRank:
     __array__ = __bool__ = __eq__ = _refuse  # which Python and NumPy would make up
 
     def __rmatmul__(self, x):
+        if jnp.ndim(x) == 1 and self.ndim > 2:
+            return (x[None] @ self)[..., 0, :]  # (..., n)
         return x @ self.W + (x @ self.A) @ self._Bt  # (..., n)
 
     def __matmul__(self, x):
+        if jnp.ndim(x) == 1 and self.ndim > 2:
+            return (self @ x[:, None])[..., 0]  # (..., m)
         return self.W @ x + self.A @ (self._Bt @ x)  # (m,) or (m, k)
 
     def __getitem__(self, i):
@@ -177,8 +182,8 @@ def weighted_sum(w: jax.Array, e: Any, dtype) -> jax.Array:
 class Eggroll:
     """Evolution strategies with low-rank noise and antithetic pairs.
 
-    sigma    noise scale σ > 0, in units of the parameters; may be traced: an Eggroll may be made
-             inside of jit, of a σ that follows a schedule, or be an argument of it
+    sigma    noise scale σ > 0, in units of the parameters; may be traced: to follow a schedule, make
+             the Eggroll inside of the jitted function, or pass it in
     rank     rank r ≥ 1 of the noise; None for full rank: ordinary ES, the baseline
     draw     entries of the noise: signs, normal, uniform or your own (key, shape, dtype) -> array
     chunk    pairs to evaluate at a time, to bound memory, a divisor of all; None for all at once
@@ -187,8 +192,8 @@ class Eggroll:
              a vector, whose noise is dense. (Biases stacked for a scan are a matrix, too: `dense`
              them first.) Keep float32: bfloat16 loses small steps. Cast members in the fitness.
     key      a new one for every population. Noise is a function of key, pair and leaf alone, so
-             `gradient` draws again what `evaluate` drew; with impl="rbg" also of `chunk`.
-    fitness  (params, example) -> scalar, higher is better; in `gradient`: the scores, (pairs, 2)
+             `gradient` draws again what `evaluate` drew. (With impl="rbg", for an equal `chunk`.)
+    fitness  (params, example) -> scalar, higher is better; for `gradient`, the scores (pairs, 2)
     data     a pytree of arrays with a first axis of N/2 pairs: both members of pair i see data[i].
              With nothing to see, jnp.arange(pairs). For many devices, shard this axis over a mesh
              in automatic mode, axis_types=(AxisType.Auto,).
@@ -284,10 +289,9 @@ class Eggroll:
     def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
         """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
 
-        Its mean is ∇J if E is normal and of full rank. At rank r the part of a matrix differs from
-        that by O(1/r): for bounded f if the factors have a density, which signs have not, and for
-        superpositions of waves with any draw. Vectors have no rank; normal makes their part exact
-        (theory/3-convergence.md).
+        Its mean is ∇J if E is normal and of full rank. At rank r a matrix has an error of O(1/r): with
+        normal and uniform for any bounded f, with signs if f is a superposition of waves. A vector's
+        does not depend on r, and is zero with normal (theory/3-convergence.md).
         """
         f = jnp.asarray(fitness)
         if f.ndim != 2 or f.shape[1] != 2 or not len(f):
@@ -311,9 +315,9 @@ class Eggroll:
     def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
         """One generation, θ ← θ + lr·g with g from standardised fitness: (new params, fitness).
 
-        Call it inside of jit: outside, every call compiles anew. Noise moves every entry by about
-        lr/(σ√N), so half as many members need a lr lower by √2. Other optimisers than plain ascent
-        take g from the three parts.
+        Call it inside of jit: outside, every call compiles anew. Noise moves an entry by about
+        lr/(σ√N), or less if scores differ by their examples more than by the noise; so half as many
+        members need a lr lower by √2. For Adam and the like, call the three parts yourself.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))
@@ -417,7 +421,7 @@ class IntEggroll(Eggroll):
 
     sigma   noise scale, an integer of 1 to 127 sixteenths: 2 stands for σ = 1/8
     params  int32, from -127 · 2¹⁶ to 127 · 2¹⁶; members have what `weights` makes of them
-    lr      an integer, in units of 2⁻¹⁶ weights a vote; above 2³⁰/pairs it counts as that
+    lr      an integer, what a vote adds to a parameter; above 2³⁰/pairs it counts as that
 
     The noise has rank 1 and signs for entries, so a member W ± σ a bᵀ is a matrix of integers. Models
     write product(x, M) for x @ M and rows(M, i) for M[i].
@@ -454,7 +458,7 @@ class IntEggroll(Eggroll):
     def step(self, fitness, params, key, data, lr):
         """One generation, θ ← θ + lr·votes, clipped, with Σ sign(f₊ - f₋) E over the pairs as votes.
 
-        By chance alone a weight gets votes of mean 0 and a variance of at most the number of pairs.
+        A weight that does not matter gets votes of mean 0 and variance of at most the number of pairs.
         """
         if not jnp.issubdtype(jnp.result_type(lr), jnp.integer):
             raise TypeError(f"lr must be an integer, got {lr}")
@@ -510,7 +514,7 @@ def int_log2_softmax(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def int_rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
-    """Parameters for `int_rnn`, int32: those of `rnn`, but for the 1/√m that `product` has itself."""
+    """Parameters for `int_rnn`, int32: those of `rnn` without the 1/√m, by which `product` divides."""
     params = rnn_init(key, vocab, hidden)
     params |= {name: params[name] * math.sqrt(hidden) for name in ("W", "U")}
     return jax.tree.map(lambda p: jnp.int32(saturate(jnp.round(16 * p))) << 16, params)

@@ -205,12 +205,12 @@ def test_low_rank_multiplies_and_indexes_like_the_dense_matrix(r, dtype):
         wide_x, wide_y = np.asarray(x, float), np.asarray(y, float)
         close((x @ M, np.asarray(x) @ M), [wide_x @ D] * 2, ulps)  # NumPy leaves it to M
         close(y @ M.T, wide_y @ D.T, ulps)
+        close(x @ stack, wide_x @ dense_stack, ulps)
         if len(size) < 2:
-            close(M @ y.T, D @ wide_y.T, ulps)
+            close((M @ y.T, stack @ y.T), (D @ wide_y.T, dense_stack @ wide_y.T), ulps)
     for i in -1, np.int64(3), jnp.array(1), jnp.array([0, 4, 4]), np.array([[1, 2], [3, 0]]):
         close(M[i], D[i], ulps)
-    # stacks, all at once or taken apart; dense touches nothing else
-    close(x @ stack, wide_x @ dense_stack, ulps)
+    # stacks taken apart; dense touches nothing else
     apart = jax.vmap(lambda M: x @ M)(stack), jax.lax.scan(lambda _, M: (_, x @ M), 0, stack)[1]
     close(apart, [wide_x @ dense_stack[:, None]] * 2, ulps)
     out = dense({"stack": stack, "x": x, "none": None, "f": jnp.tanh})
@@ -1721,7 +1721,7 @@ LIBRARIES |= {name: name for name in ("optax", "gymnasium")}
 TRIED = {  # what is done with the names that a recipe defines: a step, if nothing else is said
     "The same batch": "batch_step(params, key, jax.tree.map(lambda x: x[1], data), 0.6)",
     "σ and": "scheduled_step(params, key, data, 7)",
-    "Optax": "optax_step(params, state, key, data)",
+    "Optax:": "optax_step(params, state, key, data)",
     "Integers": "int_step(ints, key, data, 2**11)",
     "Train only": "head_step(params[1], params[0], key, data, 0.6)",
     "Half": "es.step(half, params, key, data, 0.6)",

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import nbclient
 import nbformat
 import numpy as np
 import pytest
@@ -1898,10 +1897,30 @@ def test_acrobot_in_the_tutorial_is_that_of_gymnasium(inputs):
             assert up == terminated
 
 
-def test_the_tutorial_runs(tmp_path):
-    shutil.copy(HERE / "eggroll.py", tmp_path)  # where it may save its figure
-    run, options = notebook(), {"timeout": 1800, "resources": {"metadata": {"path": tmp_path}}}
-    nbclient.NotebookClient(run, **options).execute()  # raises if a cell does
-    outputs = [output for c in run.cells for output in c.get("outputs", [])]
-    assert all(output.get("name") != "stderr" for output in outputs)
-    assert (tmp_path / "theory" / "figures" / "convergence.png").stat().st_size > 10_000
+@pytest.fixture(scope="session", autouse=True)
+def tutorial(request, tmp_path_factory):
+    """The process that runs the tutorial, if that is to be tested, beside all other tests."""
+    if all(item.name != "test_the_tutorial_runs" for item in request.session.items):
+        yield
+        return
+    folder = tmp_path_factory.mktemp("tutorial")  # where it may save its figure
+    for name in "eggroll.py", "tutorial.ipynb":
+        shutil.copy(HERE / name, folder)
+    code = """if True:
+        import nbclient, nbformat
+        run = nbformat.read("tutorial.ipynb", as_version=4)
+        nbclient.execute(run, timeout=1800)  # raises if a cell does
+        nbformat.write(run, "run.ipynb")
+    """
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder)
+    yield process, folder
+    process.kill()
+
+
+def test_the_tutorial_runs(tutorial):
+    process, folder = tutorial
+    assert process.wait() == 0
+    cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
+    outputs = [output for c in cells for output in c.get("outputs", [])]
+    assert outputs and all(output.get("name") != "stderr" for output in outputs)
+    assert (folder / "theory" / "figures" / "convergence.png").stat().st_size > 10_000

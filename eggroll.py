@@ -9,8 +9,7 @@ costs little more than inference, while the update, a sum of many products, can 
     forward    x (W + σE) = xW + σ (xA) Bᵀ/√r      no perturbed matrix is ever formed
     update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   nearly the gradient of the mean of f(W + σE)
 
-The fitness f may be any JAX function of a pytree of arrays, differentiable or not. The N members are
-pairs W ± σE:
+The fitness f may be any JAX function, differentiable or not. The N members are pairs W ± σE:
 
     import jax, jax.numpy as jnp
     from eggroll import Eggroll

@@ -614,23 +614,23 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
     args.sigma = args.sigma or (0.125 if args.integer else 0.04)
     N = args.population  # noise moves a number by lr/(σ√N) in a step, an integer by lr √(N/2)
     args.lr = args.lr or (2**16 / math.sqrt(N / 2) if args.integer else 0.35 * math.sqrt(N / 4096))
-    if args.integer and (16 * args.sigma % 1 or not 1 <= args.lr < 2**31 / N):
-        parser.error("--integer needs a multiple of 1/16 for --sigma, --lr of 1 to 2³¹/population")
     if args.integer:
+        if 16 * args.sigma % 1 or not 1 <= args.lr < 2**31 / N:
+            what = "--integer needs a multiple of 1/16 for --sigma, --lr of 1 to 2³¹/population"
+            parser.error(what)
         args.sigma, args.lr = int(16 * args.sigma), int(args.lr)
     return args, parser.error
 
 
-def learn(args: argparse.Namespace, state, text, train_step: Callable, held_out: Callable) -> Any:
+def learn(args: argparse.Namespace, state, text, train_step, held_out, unit: float) -> Any:
     """Go on from state, (params, progress), for as long as args say, or until Ctrl-C: the new one."""
-    unit = (INTEGERS if args.integer else FLOATS)[5]
     first, earlier = int(state[1]["step"]), float(state[1]["seconds"])
     clock, reported, done = time.perf_counter(), 0.0, 0.0
     try:
         while done < 1:
             params, progress = state
             step = int(progress["step"])
-            lr = type(args.lr)(args.lr / (1 + step / 600))
+            lr = type(args.lr)(args.lr / (1 + step / 600))  # an int stays one
             params, scores = jax.block_until_ready(train_step(params, step, lr, text))
             elapsed, steps = time.perf_counter() - clock, step + 1 - first
             state = params, progress | {"step": step + 1, "seconds": earlier + elapsed}
@@ -688,7 +688,7 @@ def train(args: argparse.Namespace) -> None:
     train_step = train_step.lower(state[0], 0, args.lr, text).compile()
     held_out(state[0])
     print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
-    params, progress = state = learn(args, state, text, train_step, held_out)
+    params, progress = state = learn(args, state, text, train_step, held_out, unit)
     if args.checkpoint:
         save(args.checkpoint, *state)
     written = alphabet[sample(see(params), key_sample, text[0], 300, cell, nat)]

@@ -1383,9 +1383,12 @@ def test_nothing_overflows_at_the_extremes(value):
     f = np.where(votes[:, None] > 0, [high, low], [low, high])
     same(es.gradient(U, KEY, f), np.tensordot(votes, E, 1))
     huge = lambda M, _: jnp.where(jnp.sum(eggroll.product(jnp.ones(8, jnp.int8), M)) > 0, high, low)
-    new, larger = (es.step(huge, U, KEY, jnp.arange(64), lr)[0] for lr in (2**24, 2**31 - 1))
-    assert new.dtype == jnp.int32 and jnp.abs(new).max() <= 127 << 16
-    same(larger, new)  # 2²⁴ = 2³⁰/pairs
+    for start in U, jnp.zeros_like(U):  # where all pairs tie, and where hardly any does
+        new, larger = (
+            es.step(huge, start, KEY, jnp.arange(64), lr)[0] for lr in (2**24, 2**31 - 1)
+        )
+        assert new.dtype == jnp.int32 and jnp.abs(new).max() == 127 << 16
+        same(larger, new)  # 2²⁴ = 2³⁰/pairs
 
 
 def test_an_integer_step_is_a_loop_over_dense_members():

@@ -1,79 +1,95 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.8", "numpy>=2.0"]
+# ///
 """EGGROLL in one file: evolution strategies with low-rank noise, in JAX.
 
 Evolution strategies (ES) train without backpropagation: perturb the parameters with noise, score
-every perturbed copy, step towards the perturbations that scored well. EGGROLL [1] makes the noise
-of a weight matrix W (m, n) a product of two thin matrices, so that scoring thousands of members
-costs little more than inference, while the update, a sum of many products, can have full rank:
+every perturbed copy, and step towards the perturbations that scored well. EGGROLL [1] makes the
+noise E of a weight matrix W (m, n) the product of two thin random matrices, A (m, r) and B (n, r).
+Scoring thousands of copies then costs little more than inference. Each E has rank r, but the update
+sums thousands of them and can have full rank. With σ the scale of the noise:
 
-    noise      E = A Bᵀ/√r                         A (m, r), B (n, r): iid, symmetric, variance 1
-    forward    x (W + σE) = xW + σ (xA) Bᵀ/√r      no perturbed matrix is ever formed
-    update     W ← W + α g,  g = 1/(Nσ) Σᵢ fᵢ Eᵢ   nearly the gradient of the mean of f(W + σE)
+    noise      E = A Bᵀ/√r                          r = 1 is usually enough
+    forward    x (W + σE) = x W + σ (x A) Bᵀ/√r     no perturbed matrix is ever formed
+    update     W ← W + lr · g,  g = Σᵢ fᵢ Eᵢ/(Nσ)   fᵢ is the score of member i, one of N
 
-The fitness f may be any JAX function, differentiable or not. The N members are pairs W ± σE:
+Members come in pairs, W + σE and W - σE. The fitness that scores them may be any JAX function,
+differentiable or not; g approximates the gradient of the fitness averaged over the noise:
 
     import jax, jax.numpy as jnp
     from eggroll import Eggroll
 
-    es, key = Eggroll(sigma=0.1), jax.random.key(0)
-    params = {"W": jnp.zeros((8, 4)), "b": jnp.zeros(4)}  # of a linear model
-    data = jax.random.normal(key, (512, 8))  # an example for each of 512 pairs, so N = 1024
+    es = Eggroll(sigma=0.1)
 
-    def fitness(params, x):  # of one member on one example; higher is better
+    def fitness(params, x):  # the score of one member on one example; higher is better
         return -jnp.sum((x @ params["W"] + params["b"] - x[:4]) ** 2)
 
     @jax.jit
-    def train_step(params, key):
+    def train_step(params, key, data):
         return es.step(fitness, params, key, data, lr=0.05)
 
+    params = {"W": jnp.zeros((8, 4)), "b": jnp.zeros(4)}  # a linear model
+    data = jax.random.normal(jax.random.key(0), (512, 8))  # an example for each of 512 pairs
+    print(fitness(params, data[0]))  # about -7
     for t in range(300):
-        params, scores = train_step(params, jax.random.fold_in(key, t))
-    print(scores.mean())  # -4 at first, now about -0.4
+        params, scores = train_step(params, jax.random.key(t), data)
+    print(fitness(params, data[0]))  # about 0
 
 [1] Sarkar et al., Evolution Strategies at the Hyperscale, 2026, arXiv:2511.16652v2.
 [2] Zhou et al., Minimal Gated Unit for Recurrent Neural Networks, 2016, arXiv:1603.09420.
 """
 
-# To use the method in a project of your own, copy from here …
+import argparse
+import itertools
 import math
+import os
+import sys
+import time
+import uuid
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-
-# isort: split
-# Not for the method, only for integers and the command line:
-import argparse
-import os
-import pydoc_data.topics
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
 
-# Noise: iid entries, symmetric about zero, of unit variance (Sec. 4.1 of [1]) --------------------
+# To use the method in a project of your own, copy this file down to the line "copy up to here".
+
+# Noise: iid entries, symmetric about zero, of variance 1 (Sec. 4.1 of [1]) -----------------------
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Standard normal entries, the paper's choice (kurtosis 3)."""
-    # Drawn in float32: in bfloat16 jax.random.normal has but 128 values, of mean -0.01.
-    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+def normal(key, shape, dtype=jnp.float32):
+    """Standard normal entries, the paper's choice: those of jax.random.normal in float32."""
+    above_minus_1 = np.nextafter(np.float32(-1), np.float32(0))  # as erf_inv(-1) is -∞
+    u = jax.random.uniform(key, shape, jnp.float32, above_minus_1, 1)
+
+    # XLA would compute erf_inv anew wherever the noise is used, but it stores what a loop returns.
+    # So this is a loop, of which the second step does nothing. It can halve the time of a step.
+    def erf_inv_at_first(t, u):
+        return jnp.where(t == 0, jax.lax.erf_inv(u), u)
+
+    z = math.sqrt(2) * jax.lax.fori_loop(0, 2, erf_inv_at_first, u)
+    return z.astype(dtype)
 
 
-def uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Entries uniform on (-√3, √3) (kurtosis 9/5)."""
-    return jax.random.uniform(key, shape, jnp.float32, -math.sqrt(3), math.sqrt(3)).astype(dtype)
+def uniform(key, shape, dtype=jnp.float32):
+    """Entries uniform on (-√3, √3)."""
+    end = math.sqrt(3)
+    return jax.random.uniform(key, shape, jnp.float32, -end, end).astype(dtype)
 
 
-def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """Entries -1 and 1 (kurtosis 1), one random bit each: by far the fastest to draw."""
+def signs(key, shape, dtype=jnp.float32):
+    """Entries -1 and 1. Each takes one random bit, where `normal` takes 32: the fastest to draw."""
     size = math.prod(shape)
-    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)  # (⌈size/32⌉, 1)
-    bits = words & (1 << jnp.arange(32, dtype=jnp.uint32)[None])  # (⌈size/32⌉, 32), one a column
-    return jnp.where(bits.ravel()[:size].reshape(shape) > 0, 1, -1).astype(dtype)
+    words = jax.random.bits(key, (math.ceil(size / 32), 1), jnp.uint32)
+    masks = 1 << jnp.arange(32, dtype=jnp.uint32)[None]  # (1, 32): one for each bit of a word
+    bit_is_set = (words & masks) > 0  # (words, 32)
+    bit_is_set = bit_is_set.ravel()[:size].reshape(shape)
+    return jnp.where(bit_is_set, 1, -1).astype(dtype)
 
 
 # Forward: x (W + σE) without forming W + σE (Sec. 4.2 of [1]) ------------------------------------
@@ -82,122 +98,141 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arra
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Stands for the matrix M = W + A Bᵀ, of W (m, n), A (m, r) and B (n, r), without forming it.
+    """Stands for the matrix M = W + scale · A Bᵀ without forming it.
 
-    A model may write x @ M, M @ x, M.T, and M[i] for rows, as of an embedding: integers i of any
-    shape, to (*i.shape, n). All else is an error and needs the array `dense(M)`. But jax.tree.map
-    acts on W, A and B: that is right for a cast, and for nothing else, so give it dense(params).
+    W is (m, n), A (m, r), B (n, r) and scale (). A model may write x @ M, M @ x, M.T and, as for an
+    embedding, M[i]: rows, for integers i of any shape. Anything else is an error, and needs the
+    array dense(M). There is one trap: jax.tree.map sees the four fields. Use it for casts alone.
 
-    Leading axes, common to W, A and B, make a stack of matrices. Take it apart by scan, by M[i], or
-    by vmap over its first axis. Stack the layers of a deep network: 128 in a list take 20 times as
-    long to compile.
+    With more axes in front of all four fields it is a stack of matrices, as of layers under a scan.
+    Take it apart by scan, by M[i], or by vmap over its first axis.
     """
 
     W: jax.Array
     A: jax.Array
     B: jax.Array
+    scale: jax.Array
 
-    shape = property(lambda self: self.W.shape)
-    ndim = property(lambda self: self.W.ndim)
-    dtype = property(lambda self: self.W.dtype)
-    __array_ufunc__ = __iter__ = None  # NumPy leaves array @ M to __rmatmul__; rows are M[i]
-
-    def _refuse(self, *_, **__):
-        raise TypeError("LowRank only multiplies and gives rows; all else needs dense(M)")
-
-    __array__ = __bool__ = __eq__ = _refuse  # which Python and NumPy would make up
-
-    def __rmatmul__(self, x):
+    def __rmatmul__(self, x):  # x @ M
         if jnp.ndim(x) == 1 and self.ndim > 2:
-            return (x[None] @ self)[..., 0, :]  # (..., n)
-        return x @ self.W + (x @ self.A) @ self._Bt  # (..., n)
+            return (x[None] @ self)[..., 0, :]  # a vector times a stack: (..., n)
+        return x @ self.W + self._scaled(x @ self.A) @ self.B.mT  # (..., n)
 
-    def __matmul__(self, x):
+    def __matmul__(self, x):  # M @ x
         if jnp.ndim(x) == 1 and self.ndim > 2:
-            return (self @ x[:, None])[..., 0]  # (..., m)
-        return self.W @ x + self.A @ (self._Bt @ x)  # (m,) or (m, k)
+            return (self @ x[:, None])[..., 0]  # a stack times a vector: (..., m)
+        return self.W @ x + self.A @ self._scaled(self.B.mT @ x)  # (m,) or (..., m, k)
 
     def __getitem__(self, i):
-        if i is ...:  # so Flax NNX reads a weight
+        if i is ...:  # Flax NNX reads a parameter as p[...]
             return self
-        if not jnp.issubdtype(getattr(i, "dtype", type(i)), jnp.integer):
-            raise TypeError(f"M[i] takes integers, got {i!r}; dense(M)[i] takes anything")
+        dtype = getattr(i, "dtype", type(i))
+        if not jnp.issubdtype(dtype, jnp.integer):
+            self._refuse()
         if self.ndim > 2:
-            return LowRank(self.W[i], self.A[i], self.B[i])
-        return self.W[i] + self.A[i] @ self._Bt  # (*i.shape, n)
+            return jax.tree.map(lambda x: x[i], self)  # a matrix of the stack
+        return self.W[i] + self._scaled(self.A[i]) @ self.B.mT  # rows: (*i.shape, n)
 
     @property
     def T(self):
         if self.ndim > 2:
-            raise TypeError(f"a stack {self.shape} has no .T; its matrices have, and dense(M)")
-        return LowRank(self.W.T, self.B, self.A)
+            self._refuse()
+        return LowRank(self.W.T, self.B, self.A, self.scale)
 
-    @property
-    def _Bt(self):  # (..., r, n)
-        if jnp.issubdtype(self.dtype, jnp.integer):
-            raise TypeError("integers wrap: write product(x, M) for x @ M, rows(M, i) for M[i]")
-        return self.B.mT
+    shape = property(lambda self: self.W.shape)
+    ndim = property(lambda self: self.W.ndim)
+    dtype = property(lambda self: self.W.dtype)
+
+    def _scaled(self, y):  # scale · y, where y is x @ A, say
+        if jnp.issubdtype(self.dtype, jnp.integer):  # sums of int8 would overflow
+            self._refuse()
+        return y * (self.scale if self.ndim == 2 else self.scale[..., None, None])
+
+    def _refuse(self, *_, **__):
+        raise TypeError(
+            f"LowRank of {self.dtype}{self.shape}: only x @ M, M @ x, rows M[i] and .T of a matrix "
+            "work; else use dense(M). Of integers, only product(x, M) and rows(M, i) work."
+        )
+
+    __array__ = __bool__ = __eq__ = _refuse  # Python and NumPy would silently give a wrong answer
+    __array_ufunc__ = None  # so that array @ M, of a NumPy array, is left to __rmatmul__
+    __iter__ = None  # or a for loop would take rows for ever
 
 
-def dense(tree: Any) -> Any:
-    """`tree` with the array W + A Bᵀ in place of every LowRank."""
-    return jax.tree.map(
-        lambda x: x.W + x.A @ x._Bt if isinstance(x, LowRank) else x,
-        tree,
-        is_leaf=lambda x: isinstance(x, LowRank),
-    )
+def dense(tree):
+    """`tree` with the array W + scale · A Bᵀ, (..., m, n), in place of every LowRank."""
+
+    def form(M):
+        return M.W + M._scaled(M.A @ M.B.mT) if isinstance(M, LowRank) else M
+
+    return jax.tree.map(form, tree, is_leaf=lambda x: isinstance(x, LowRank))
+
+
+def add_noise(p, e, scale):
+    """p + scale · E: a LowRank if e are the factors of E, an array if e is E itself."""
+    if not isinstance(e, tuple):
+        return p + jnp.asarray(scale, e.dtype) * e
+    A, B = e
+    stack_shape = p.shape[:-2]  # () of a matrix; in a stack, each matrix has a scale
+    return LowRank(jnp.asarray(p), A, B, jnp.full(stack_shape, scale, A.dtype))
 
 
 # Update: score the population, estimate the gradient, ascend (Eq. 6, Algorithm 1 of [1]) ---------
 
 
-def standardize(fitness: jax.Array) -> jax.Array:
-    """Fitness shifted and scaled to zero mean and unit variance over the population, in float32.
+def standardize(scores):
+    """Scores shifted and scaled to mean 0 and variance 1 over the population, in float32.
 
-    NaN and infinities count as the worst finite score. If nothing can be told apart, all is zero.
+    NaN, ∞ and -∞ count as the worst finite score. If all scores are equal, all become 0.
     """
-    f = jnp.asarray(fitness, jnp.float32)
-    finite = jnp.isfinite(f)
-    f = jnp.where(finite, f, 0)
-    f = jnp.ldexp(f, -jnp.frexp(jnp.max(jnp.abs(f)))[1])  # below 1 by powers of 2: no overflow
-    f = jnp.where(finite, f - jnp.min(f, where=finite, initial=1), 0)  # all were below 1
-    f = f - jnp.mean(f)
-    return f / jnp.maximum(jnp.sqrt(jnp.mean(f**2)), jnp.finfo(f.dtype).tiny)
+    scores = jnp.asarray(scores, jnp.float32)
+    finite = jnp.isfinite(scores)
+    scores = jnp.where(finite, scores, 0)
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(scores)))
+    scores = jnp.ldexp(scores, -exponent)  # all are below 1 now, so that no square overflows
+    worst = jnp.min(scores, where=finite, initial=1)
+    scores = jnp.where(finite, scores, worst) - worst  # exactly 0 if all are equal
+    scores = scores - jnp.mean(scores)
+    deviation = jnp.sqrt(jnp.mean(scores**2))
+    return scores / jnp.maximum(deviation, jnp.finfo(jnp.float32).tiny)
 
 
-def weighted_sum(w: jax.Array, e: Any, dtype) -> jax.Array:
-    """Σₚ wₚ Eₚ of w (P,) and arrays e (P, ...), or of factors ((P, ..., m, r), (P, ..., n, r))."""
+def weighted_sum(c, e, dtype):
+    """Σᵢ cᵢ Eᵢ of c (P,), and e the arrays (P, ...) or factors ((P, ..., m, r), (P, ..., n, r))"""
     if not isinstance(e, tuple):
-        return jnp.tensordot(w, e, axes=1, preferred_element_type=dtype)
+        return jnp.tensordot(c, e, axes=1, preferred_element_type=dtype)
     A, B = e
-    wA = jax.vmap(jnp.multiply)(w, A)  # (P, ..., m, r)
-    return jnp.einsum("p...mr,p...nr->...mn", wA, B, preferred_element_type=dtype)
+    cA = jax.vmap(jnp.multiply)(c, A)  # (P, ..., m, r)
+    return jnp.einsum("i...mr,i...nr->...mn", cA, B, preferred_element_type=dtype)
 
 
-@partial(
+as_pytree = partial(  # jit traces sigma, and compiles for the rest
     jax.tree_util.register_dataclass, data_fields=["sigma"], meta_fields=["rank", "draw", "chunk"]
 )
+
+
+@as_pytree
 @dataclass(frozen=True)
 class Eggroll:
     """Evolution strategies with low-rank noise and antithetic pairs.
 
-    sigma    noise scale σ > 0, in units of the parameters; may be traced: to follow a schedule, make
-             the Eggroll inside of the jitted function, or pass it in
-    rank     rank r ≥ 1 of the noise; None for full rank: ordinary ES, the baseline
-    draw     entries of the noise: signs, normal, uniform or your own (key, shape, dtype) -> array
-    chunk    pairs to evaluate at a time, to bound memory, a divisor of all; None for all at once
+    sigma    scale σ > 0 of the noise; may be a traced scalar, so as to follow a schedule
+    rank     rank r of the noise; None for full rank: ordinary ES, the baseline
+    draw     gives entries of the noise, iid, symmetric, of variance 1: signs, normal, uniform or a
+             function of your own, (key, shape, dtype) -> array
+    chunk    how many pairs to evaluate at a time, to save memory; None for all at once
 
-    params   θ, a pytree of floating-point arrays: two axes are a matrix, more a stack of them, fewer
-             a vector, whose noise is dense. (Biases stacked for a scan are a matrix, too: `dense`
-             them first.) Keep float32: bfloat16 loses small steps. Cast members in the fitness.
-    key      a new one for every population. Noise is a function of key, pair and leaf alone, so
-             `gradient` draws again what `evaluate` drew. (With impl="rbg", for an equal `chunk`.)
-    fitness  (params, example) -> scalar, higher is better; for `gradient`, the scores (pairs, 2)
-    data     a pytree of arrays with a first axis of N/2 pairs: both members of pair i see data[i].
-             With nothing to see, jnp.arange(pairs). For many devices, shard this axis over a mesh
-             in automatic mode, axis_types=(AxisType.Auto,).
+    Arguments of the methods:
 
-    Raises ValueError, or TypeError for a leaf of params, if one of these is not as it says here.
+    params   θ, a pytree of floating-point arrays. With two axes, an array is a matrix, with more a
+             stack of matrices, with fewer a vector, whose noise is dense. So biases (layers, n),
+             stacked for a scan, are taken for a matrix: use dense(biases) inside the fitness.
+    key      a new one for every population. The noise is a function of the key and of the numbers
+             of pair and leaf alone, so `gradient` draws again what `evaluate` drew.
+    fitness  (params, example) -> scalar, higher is better
+    data     a pytree of arrays that share a first axis of N/2 pairs; both members of pair i see
+             data[i]. If the fitness needs no data, pass jnp.arange(pairs). For many devices, shard
+             this axis over a mesh made with axis_types=(AxisType.Auto,).
     """
 
     sigma: float
@@ -205,139 +240,149 @@ class Eggroll:
     draw: Callable = signs
     chunk: int | None = None
 
-    _kind, _noise = jnp.floating, None  # dtypes: of params, and of noise if it is another one
+    def noise(self, key, params):
+        """E of one pair: of a matrix (m, n) its factors (A/√r (m, r), B (n, r)), else an array."""
 
-    def __post_init__(self):
-        try:
-            if not 0 < float(self.sigma) < math.inf:
-                raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
-        except TypeError:
-            pass  # traced: it has no value to check
-        for name, value in (("rank", self.rank), ("chunk", self.chunk)):
-            if value is not None and not (isinstance(value, int | jnp.integer) and value >= 1):
-                raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
-
-    def noise(self, key: jax.Array, params: Any) -> Any:
-        """E of one pair: of a matrix (m, n) the factors (A/√r (m, r), B (n, r)), else an array."""
-        leaves, treedef = jax.tree.flatten_with_path(params)
-        noise = []
-        for i, (path, p) in enumerate(leaves):
-            if not (hasattr(p, "dtype") and jnp.issubdtype(p.dtype, self._kind)):
-                where, got = jax.tree_util.keystr(path), getattr(p, "dtype", repr(p))
-                what = f"params{where} must be an array of {self._kind.__name__}, got {got}"
-                raise TypeError(f"{what}; close over what is not to be trained")
-            leaf_key, dtype = jax.random.fold_in(key, i), self._noise or jnp.result_type(p)
+        def draw_leaf(i, p):
+            leaf_key = jax.random.fold_in(key, i)
             if self.rank is None or p.ndim < 2:
-                noise.append(self.draw(leaf_key, p.shape, dtype))
-            else:
-                *stack, m, n = p.shape
-                AB = self.draw(leaf_key, (*stack, m + n, self.rank), dtype)
-                A, B = AB[..., :m, :], AB[..., m:, :]  # (..., m, r), (..., n, r)
-                noise.append((A * jnp.asarray(1 / math.sqrt(self.rank), dtype), B))
-        return treedef.unflatten(noise)
+                return self.draw(leaf_key, p.shape, p.dtype)
+            *stack, m, n = p.shape
+            factors = self.draw(leaf_key, (*stack, m + n, self.rank), p.dtype)  # both in one draw
+            A = factors[..., :m, :]  # (..., m, r)
+            B = factors[..., m:, :]  # (..., n, r)
+            return A * jnp.asarray(1 / math.sqrt(self.rank), p.dtype), B
 
-    def perturb(self, params: Any, noise: Any, sign: float = 1.0) -> Any:
-        """The member θ + sign·σ·E, with a LowRank wherever E is given by its factors."""
+        params = jax.tree.map(jnp.asarray, params)
+        leaves, treedef = jax.tree.flatten(params)
+        return treedef.unflatten([draw_leaf(i, p) for i, p in enumerate(leaves)])
 
-        def leaf(p, e):
-            scale = jnp.asarray(sign * self.sigma, jnp.result_type(p))
-            return LowRank(p, scale * e[0], e[1]) if isinstance(e, tuple) else p + scale * e
+    def perturb(self, params, noise, sign=1):
+        """The member θ + sign · σ · E, with a LowRank for every matrix."""
+        sigma_has_value = not isinstance(self.sigma, jax.Array)  # it has none if traced
+        if sigma_has_value and not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma must be positive and finite, got {self.sigma}")
+        for path, p in jax.tree.leaves_with_path(params):
+            dtype = jnp.result_type(p)
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise TypeError(
+                    f"params{jax.tree_util.keystr(path)} must be floating-point, got {dtype}. "
+                    "Close over what is not trained; train real and imaginary parts as two leaves."
+                )
+        # For a matrix in params, noise has a tuple (A, B), which tree.map passes on whole.
+        return jax.tree.map(partial(add_noise, scale=sign * self.sigma), params, noise)
 
-        return jax.tree.map(leaf, params, noise)
-
-    def _chunks(self, data):
-        """The numbers j of the chunks, and a function of j: (numbers of its pairs, their data)."""
-        data = jax.tree.map(jnp.asarray, data)
-        sizes = {x.shape[:1] for x in jax.tree.leaves(data)}
-        if len(sizes) != 1 or sizes & {(), (0,)}:
-            shapes = jax.tree.map(jnp.shape, data)
-            raise ValueError(f"arrays of data must share a first axis, pairs ≥ 1, got {shapes}")
-        ((pairs,),) = sizes
-        if pairs % (chunk := self.chunk or pairs):
-            raise ValueError(f"chunk must divide the pairs, got chunk={chunk} and {pairs} pairs")
-        if any(jax.typeof(x).sharding.mesh.explicit_axes for x in jax.tree.leaves(data)):
-            raise ValueError("data must be on a mesh made with axis_types=(AxisType.Auto,)")
-        # A chunk is a column: every (pairs/chunk)-th pair, so of each of many devices an equal
-        # share. To slice it out takes no copy of the data.
-        size = chunk, pairs // chunk
-        columns = jax.tree.map(lambda x: x.reshape(size + x.shape[1:]), (jnp.arange(pairs), data))
-        return jnp.arange(size[1]), lambda j: jax.tree.map(lambda x: x[:, j], columns)
-
-    def evaluate(self, fitness: Callable, params: Any, key: jax.Array, data: Any) -> jax.Array:
+    def evaluate(self, fitness, params, key, data):
         """Fitness of every member, (pairs, 2): of θ + σE and of θ - σE."""
 
-        def member(sign, pair):
-            i, example = pair
-            noise = self.noise(jax.random.fold_in(key, i), params)
-            score = fitness(self.perturb(params, noise, sign), example)
-            if (shape := jax.tree.map(jnp.shape, score)) != ():
-                raise ValueError(f"fitness must return a scalar, got shape {shape}")
-            return score
+        def score_pair(i, example):  # (2,)
+            noise = self.noise(jax.random.fold_in(key, i), params)  # one draw for both members
 
-        # vmap batches only what differs between members: W does not, so x @ W is one product for
-        # all, and noise does not differ by sign, so a pair shares one draw.
-        members = jax.vmap(jax.vmap(member, (None, 0)), (0, None), out_axes=1)  # (chunk, 2)
-        both, (chunks, at) = jnp.array([1, -1], jnp.int8), self._chunks(data)
-        scores = jax.lax.map(lambda j: members(both, at(j)), chunks)  # (chunks, chunk, 2)
-        return scores.swapaxes(0, 1).reshape(-1, 2)
+            def score(sign):
+                value = fitness(self.perturb(params, noise, sign), example)
+                shape = jnp.asarray(value).shape
+                if shape != ():
+                    raise ValueError(f"fitness must return a scalar, got shape {shape}")
+                return value
 
-    def _weights(self, f):  # of the pairs in the gradient, (pairs,); the second member has -E
-        f = f.astype(jnp.promote_types(f.dtype, jnp.float32))
-        return (f[:, 0] - f[:, 1]) / (f.size * self.sigma)
+            return jax.vmap(score)(jnp.array([1, -1]))
 
-    def gradient(self, params: Any, key: jax.Array, fitness: jax.Array) -> Any:
-        """1/(Nσ) Σᵢ fᵢ Eᵢ over all members, like params: an estimate of ∇J, J(θ) = E[f(θ + σE)].
+        # W is the same for all members, so vmap does not batch it: x @ W stays one large product.
+        def score_chunk(_, numbers, examples):
+            return None, jax.vmap(score_pair)(numbers, examples)  # (chunk, 2)
 
-        Its mean is ∇J if E is normal and of full rank. At rank r a matrix has an error of O(1/r): with
-        normal and uniform for any bounded f, with signs if f is a superposition of waves. A vector's
-        does not depend on r, and is zero with normal (theory/3-convergence.md).
+        _, scores = self._scan_chunks(score_chunk, None, data)  # (pairs/chunk, chunk, 2)
+        return scores.swapaxes(0, 1).reshape(-1, 2)  # in the order of the pairs
+
+    def gradient(self, params, key, scores):
+        """g = 1/(Nσ) Σᵢ fᵢ Eᵢ over all N members, like params, from their scores (pairs, 2).
+
+        With normal noise of full rank, its mean is the gradient of the mean of f(θ + σE). Low rank
+        changes the mean by O(1/r), if f is bounded and A or B is normal. With signs in both there
+        is a further error, which falls with the number of a layer's inputs (theory/ has proofs).
         """
-        f = jnp.asarray(fitness)
-        if f.ndim != 2 or f.shape[1] != 2 or not len(f):
-            raise ValueError(f"fitness must have shape (pairs, 2), pairs ≥ 1, got {f.shape}")
+        if jnp.shape(scores)[1:] != (2,):
+            raise ValueError(f"scores must have shape (pairs, 2), got {jnp.shape(scores)}")
+        dtype = jnp.promote_types(jnp.result_type(scores), jnp.float32)
+        scores = jnp.asarray(scores, dtype)
+        shares = scores / (scores.size * self.sigma)  # fᵢ/(Nσ), (pairs, 2)
+        coefficients = shares[:, 0] - shares[:, 1]  # the second member of a pair has -E
+        return self.sum_noise(params, key, coefficients)
 
-        def add(g, j):
-            i, w = at(j)
-            noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(i)
-            return jax.tree.map(lambda g, e: g + weighted_sum(w, e, g.dtype), g, noise), None
+    def sum_noise(self, params, key, coefficients):
+        """Σᵢ cᵢ Eᵢ over the pairs, with coefficients cᵢ (pairs,). It is like params."""
+        coefficients = jnp.asarray(coefficients)
 
-        # A scan over one chunk is no loop: in one jit with `evaluate`, XLA sees that both draw the
-        # same noise, and draws it once. The sum is in float32, at least.
-        w = self._weights(f)
-        chunks, at = self._chunks(w)
-        g = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.result_type(p), w.dtype)), params
-        )
-        g, _ = jax.lax.scan(add, g, chunks)
-        return jax.tree.map(lambda p, g: g.astype(jnp.result_type(p)), params, g)
+        def add_chunk(total, numbers, c):  # (chunk,) both
+            noise = jax.vmap(lambda i: self.noise(jax.random.fold_in(key, i), params))(numbers)
+            return jax.tree.map(lambda t, e: t + weighted_sum(c, e, t.dtype), total, noise), None
 
-    def step(self, fitness: Callable, params: Any, key: jax.Array, data: Any, lr: float) -> Any:
-        """One generation, θ ← θ + lr·g with g from standardised fitness: (new params, fitness).
+        def zeros(p):  # like the coefficients: under jax.shard_map, they too vary over devices
+            dtype = jnp.promote_types(jnp.result_type(p), coefficients.dtype)
+            return jnp.zeros_like(coefficients, dtype, jnp.shape(p))
 
-        Call it inside of jit: outside, every call compiles anew. Noise moves an entry by about
-        lr/(σ√N), or less if scores differ by their examples more than by the noise; so half as many
-        members need a lr lower by √2. For Adam and the like, call the three parts yourself.
+        total, _ = self._scan_chunks(add_chunk, jax.tree.map(zeros, params), coefficients)
+        return jax.tree.map(lambda p, t: t.astype(jnp.result_type(p)), params, total)
+
+    def _scan_chunks(self, f, carry, data):
+        """jax.lax.scan over chunks of pairs, by a function of carry, numbers of pairs, and data.
+
+        XLA unrolls a scan of one step. So with one chunk, in one jit with `evaluate` and
+        `gradient`, it sees that both draw the same noise, and draws it once.
+        """
+        data = jax.tree.map(jnp.asarray, data)
+        lengths = {len(x) for x in jax.tree.leaves(data)}
+        pairs = min(lengths, default=0)
+        chunk = pairs if self.chunk is None else self.chunk
+        if len(lengths) > 1 or chunk < 1 or pairs % chunk:
+            raise ValueError(
+                f"data must share a first axis that chunk divides: {lengths=}, {chunk=}"
+            )
+        if any(axis for x in jax.tree.leaves(data) for axis in jax.typeof(x).sharding.spec):
+            raise ValueError(
+                "data is sharded over an explicit mesh: make it with axis_types=(AxisType.Auto,), "
+                "or put jax.sharding.auto_axes around the step"
+            )
+
+        # Arranged as (chunk, pairs/chunk), a chunk is a column. It takes pairs from all over the
+        # data, so that each of many devices has an equal share of it.
+        shape = (chunk, pairs // chunk)
+        columns = jax.tree.map(lambda x: x.reshape(shape + x.shape[1:]), (jnp.arange(pairs), data))
+
+        def body(carry, j):
+            numbers, examples = jax.tree.map(lambda x: x[:, j], columns)
+            return f(carry, numbers, examples)
+
+        return jax.lax.scan(body, carry, jnp.arange(pairs // chunk))
+
+    def step(self, fitness, params, key, data, lr):
+        """One generation, θ ← θ + lr · g with g of standardized scores: (new params, scores).
+
+        Call it inside jit: outside, every call compiles anew. Chance alone moves an entry with a
+        standard deviation of at most √2 · lr/(σ√N), so with half the members, divide lr by √2. For
+        Adam and the like, call `evaluate`, `standardize` and `gradient` yourself.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))
-        return jax.tree.map(lambda p, g: (p + lr * g).astype(jnp.result_type(p)), params, g), scores
+        new = jax.tree.map(lambda p, g: (p + lr * g).astype(jnp.result_type(p)), params, g)
+        return new, scores
 
 
-# … and copy up to here: this is the whole method -------------------------------------------------
+# … copy up to here: this is the whole method -----------------------------------------------------
 
 # Models: plain functions of plain pytrees, written for arrays and for LowRank alike ---------------
 
 
-def mlp_init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+def mlp_init(key, sizes):
     """A layer {W (m, n), b (n,)} for every two consecutive sizes m, n."""
-    keys = jax.random.split(key, len(sizes) - 1)
-    return [
-        {"W": normal(k, (m, n)) / math.sqrt(m), "b": jnp.zeros(n)}
-        for k, m, n in zip(keys, sizes[:-1], sizes[1:], strict=True)
-    ]
+    layers = []
+    for i, (m, n) in enumerate(itertools.pairwise(sizes)):
+        W = normal(jax.random.fold_in(key, i), (m, n)) / math.sqrt(m)
+        layers.append({"W": W, "b": jnp.zeros(n, jnp.float32)})
+    return layers
 
 
-def mlp(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def mlp(params, x):
     """Multilayer perceptron, tanh between its layers: x (..., sizes[0]) to (..., sizes[-1])."""
     *hidden, last = params
     for layer in hidden:
@@ -345,374 +390,431 @@ def mlp(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     return x @ last["W"] + last["b"]
 
 
-def rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
+def rnn_init(key, vocab, hidden):
     """Parameters for `rnn`: `vocab` different tokens and `hidden` units of memory."""
     key_emb, key_W, key_U = jax.random.split(key, 3)
     return {
         "emb": normal(key_emb, (vocab, hidden)),
         "W": normal(key_W, (hidden, 2 * hidden)) / math.sqrt(hidden),
         "U": normal(key_U, (hidden, 2 * hidden)) / math.sqrt(hidden),
-        "b": jnp.zeros(2 * hidden),
-        "head": jnp.zeros((hidden, vocab)),
+        "b": jnp.zeros(2 * hidden, jnp.float32),
+        "head": jnp.zeros((hidden, vocab), jnp.float32),
     }
 
 
-def rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Read a token: (memory h (hidden,), token ()) to (new h, logits (vocab,) of the next token).
+def rnn(params, h, token, next_token):
+    """Read a token with memory h (hidden,): the new h, and log₂ p(next_token), ().
 
-    A minimal gated unit [2]: a GRU whose update and reset gate are one, z. With
+    A variant of the minimal gated unit [2], a GRU whose update and reset gate are one, z. With
     [x₁ x₂] = emb[token] W + b and [u₁ u₂] = h U,
 
-        z = sigmoid(x₁ + u₁)    h ← h + z (tanh(x₂ + z u₂) - h)    logits = h head
+        z = sigmoid(x₁ + u₁)    h ← h + z (tanh(x₂ + z u₂) - h)    p ~ exp(h head)
     """
     x1, x2 = jnp.split(params["emb"][token] @ params["W"] + params["b"], 2)  # (hidden,) each
     u1, u2 = jnp.split(h @ params["U"], 2)  # (hidden,) each
     z = jax.nn.sigmoid(x1 + u1)
     h = h + z * (jnp.tanh(x2 + z * u2) - h)
-    return h, h @ params["head"]
+    logits = h @ params["head"]  # (vocab,)
+    return h, (logits[next_token] - jax.nn.logsumexp(logits)) / math.log(2)
 
 
-def log2_softmax(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """log₂ p(token) of logits (vocab,), in bits: ()."""
-    return (logits[token] - jax.nn.logsumexp(logits)) / math.log(2)
+def bits(params, text, cell=rnn):
+    """Σ log₂ p(next token) over text (length + 1,), read from an empty memory: ().
 
-
-def bits(params: Any, text: jax.Array, cell=rnn, log2_p=log2_softmax) -> jax.Array:
-    """Σ log₂ p(next token) over text (length + 1,), read from an empty memory."""
+    Minus this is the number of bits that the text takes if the model compresses it. An integer cell
+    counts in units of 2⁻⁸ bits.
+    """
 
     def read(h, tokens):
-        token, next_token = tokens
-        h, logits = cell(params, h, token)
-        return h, log2_p(logits, next_token)
+        return cell(params, h, *tokens)
 
     h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
-    return jnp.sum(jax.lax.scan(read, h, (text[:-1], text[1:]))[1])
+    h = jnp.zeros_like(cell(params, h, *text[:2])[0])  # under jax.shard_map, varies as later ones
+    _, log2_p = jax.lax.scan(read, h, (text[:-1], text[1:]))
+    return jnp.sum(log2_p, dtype=log2_p.dtype)
 
 
-def sample(params: Any, key: jax.Array, token, length: int, cell=rnn, unit=1.0) -> jax.Array:
-    """Let the model write `length` tokens after the given one, p ~ exp(unit · logit)."""
+def sample(params, key, token, length, cell=rnn, bit=1):
+    """Let the model write: tokens (length,) after the given one. A bit is `bit` in its log₂ p."""
+    vocab = jnp.arange(params["head"].shape[1])
+    cell_for_all = jax.vmap(cell, (None, None, None, 0), (None, 0))  # log₂ p of every next token
 
     def write(carry, key):
-        h, logits = cell(params, *carry)
-        token = jax.random.categorical(key, unit * logits).astype(jnp.int32)
+        h, token = carry
+        h, log2_p = cell_for_all(params, h, token, vocab)  # (hidden,), (vocab,)
+        token = jax.random.categorical(key, math.log(2) / bit * log2_p).astype(jnp.int32)
         return (h, token), token
 
     h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
-    return jax.lax.scan(write, (h, jnp.int32(token)), jax.random.split(key, length))[1]
+    _, tokens = jax.lax.scan(write, (h, jnp.int32(token)), jax.random.split(key, length))
+    return tokens
 
 
 # Integers: the same method and network without a float (Sec. 6.1, App. G and H of [1]) ------------
 
-# Fixed point: an int8 i, from -127 to 127, stands for i/16. A parameter is an int32 in units of 2⁻¹⁶
-# of that: the network sees its upper half, rounded; the lower half keeps votes too few to move it.
+# Fixed point: an int8 i, from -127 to 127, stands for i/16. A parameter is an int32 with 16 more
+# bits of fraction. There, updates that are too small to change the int8 add up until they do.
 
 
-def weights(params: Any) -> Any:
+def weights(params):
     """What the network sees of int32 params: matrices in int8, vectors in int32."""
-    upper = jax.tree.map(lambda p: (p + 2**15) >> 16, params)
-    return jax.tree.map(lambda w: w.astype(jnp.int8) if w.ndim > 1 else w, upper)
+
+    def round_off(p):
+        upper = (p + 2**15) >> 16
+        return upper.astype(jnp.int8 if upper.ndim > 1 else jnp.int32)
+
+    return jax.tree.map(round_off, params)
 
 
-@jax.tree_util.register_static
+@as_pytree
 @dataclass(frozen=True)
 class IntEggroll(Eggroll):
-    """`Eggroll` without a float: noise, members, fitness, update and params are integers.
+    """`Eggroll` without a float: noise, members, scores, update and params are integers.
 
-    sigma   noise scale, an integer of 1 to 127 sixteenths: 2 stands for σ = 1/8
+    sigma   scale of the noise in sixteenths, an integer from 1 to 127: 2 stands for σ = 1/8
     params  int32, from -127 · 2¹⁶ to 127 · 2¹⁶; members have what `weights` makes of them
-    lr      an integer, what a vote adds to a parameter; above 2³⁰/pairs it counts as that
+    lr      an integer: what a pair's vote for its noise adds to a parameter
 
-    The noise has rank 1 and signs for entries, so a member W ± σ a bᵀ is a matrix of integers. Models
-    write product(x, M) for x @ M and rows(M, i) for M[i].
-
-    Raises as Eggroll does, and TypeError if lr or the fitness is not an integer.
+    The noise has rank 1 and signs for entries, so a member W ± σ a bᵀ is a matrix of integers.
+    Models write product(x, M) for x @ M and rows(M, i) for M[i].
     """
 
     sigma: int = 2
 
-    _kind, _noise = jnp.int32, jnp.int8
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not (isinstance(self.sigma, int | jnp.integer) and self.sigma <= 127):
-            raise ValueError(f"sigma must be an integer of 1 to 127 sixteenths, got {self.sigma!r}")
-        if (self.rank, self.draw) != (1, signs):
-            draw = getattr(self.draw, "__name__", self.draw)
-            raise ValueError(f"integers need rank=1 and draw=signs, got {self.rank} and {draw}")
+    def noise(self, key, params):
+        """E of one pair: of a matrix (m, n) its factors (A (m, 1), B (n, 1)), else an array."""
+        return super().noise(key, weights(params))  # of their shapes and dtypes
 
     def perturb(self, params, noise, sign=1):
-        """The member θ + sign·σ·E."""
-        return super().perturb(weights(params), noise, sign)
+        """The member θ + sign · σ · E, of what the network sees."""
+        sigma_fits = isinstance(self.sigma, jax.Array) or self.sigma in range(1, 128)
+        if not sigma_fits or self.rank != 1 or self.draw != signs:
+            raise ValueError(f"integers take sigma = 1 … 127, rank=1 and draw=signs, got {self}")
+        scale = sign * jnp.int32(self.sigma)
+        return jax.tree.map(partial(add_noise, scale=scale), weights(params), noise)
 
-    def evaluate(self, fitness, params, key, data):
-        """Fitness of every member, as of Eggroll."""
-        scores = super().evaluate(fitness, params, key, data)
-        if not jnp.issubdtype(scores.dtype, jnp.integer):
-            raise TypeError(f"fitness must be an integer, by product(x, M), got {scores.dtype}")
-        return scores
-
-    def _weights(self, f):  # votes for E or against it, so `gradient` counts them, in int32
-        return jnp.int8(f[:, 0] > f[:, 1]) - jnp.int8(f[:, 0] < f[:, 1])  # f₊ - f₋ may overflow
+    def gradient(self, params, key, scores):
+        """The votes of the pairs, Σ sign(f₊ - f₋) E, like params, of scores (pairs, 2)."""
+        plus, minus = jnp.transpose(scores)  # compared, as their difference might overflow
+        votes = jnp.int8(plus > minus) - jnp.int8(plus < minus)
+        return self.sum_noise(params, key, votes)
 
     def step(self, fitness, params, key, data, lr):
-        """One generation, θ ← θ + lr·votes, clipped, with Σ sign(f₊ - f₋) E over the pairs as votes.
+        """One generation, θ ← θ + lr · votes, clipped to ±127 · 2¹⁶: (new params, scores).
 
-        A weight that does not matter gets votes of mean 0 and variance of at most the number of pairs.
+        The votes for a weight that does not matter have mean 0 and variance ≤ the number of pairs,
+        so that chance moves it by about lr √pairs.
         """
         if not jnp.issubdtype(jnp.result_type(lr), jnp.integer):
-            raise TypeError(f"lr must be an integer, got {lr}")
-        scores, end = self.evaluate(fitness, params, key, data), 127 << 16
-        votes, lr = self.gradient(params, key, scores), jnp.minimum(lr, 2**30 // len(scores))
-        return jax.tree.map(lambda p, v: jnp.clip(p + lr * v, -end, end), params, votes), scores
+            raise ValueError(f"lr must be an integer, got {lr}")
+        scores = self.evaluate(fitness, params, key, data)
+        votes = self.gradient(params, key, scores)
+        lr = jnp.int32(jnp.minimum(lr, 2**30 // len(scores)))  # so that lr · votes cannot overflow
+        end = 127 << 16
+        new = jax.tree.map(lambda p, v: jnp.clip(p + lr * v, -end, end), params, votes)
+        return new, scores
 
 
-def saturate(x: jax.Array) -> jax.Array:
+def saturate(x):
     """x (int32), clipped to -127 … 127, as int8."""
     return jnp.clip(x, -127, 127).astype(jnp.int8)
 
 
-def product(x: jax.Array, M: jax.Array | LowRank) -> jax.Array:
-    """x M/√m in fixed point, rounded down: x (..., m) and M (m, n) in int8, to (..., n) in int32."""
-    if not x.dtype == M.dtype == jnp.int8:
-        raise TypeError(f"product(x, M) takes int8, got {x.dtype} and {M.dtype}")
-    if x.shape[-1] > 1024:
-        raise ValueError(f"product takes 1024 inputs at most, or int32 overflows, got {x.shape}")
+def product(x, M):
+    """x M/√m in fixed point, rounded down: x (..., m), M (m, n) in int8 to (..., n) in int32."""
+    m = x.shape[-1]
+    if x.dtype != jnp.int8 or M.dtype != jnp.int8 or m > 1024:  # beyond 1024, int32 overflows
+        raise ValueError(f"product takes int8 and m ≤ 1024, got {x.dtype}, {M.dtype} and m = {m}")
     dot = partial(jnp.matmul, preferred_element_type=jnp.int32)
     if isinstance(M, LowRank):
-        y = dot(x, M.W) + dot(x, M.A) @ M.B.mT.astype(jnp.int32)
+        xA = jnp.sum(x * jnp.int32(M.A[:, 0]), axis=-1, keepdims=True, dtype=jnp.int32)  # (..., 1)
+        y = dot(x, M.W) + M.scale * xA * M.B[:, 0]
     else:
         y = dot(x, M)
-    return (y * round(2**11 / math.sqrt(x.shape[-1]))) >> 15  # 2¹¹ of the factor, and 2⁴ = 16
+    return (
+        y * round(2**11 / math.sqrt(m))
+    ) >> 15  # undoes the 2¹¹, and makes 1/256 of x M sixteenths
 
 
-def rows(M: jax.Array | LowRank, i: jax.Array) -> jax.Array:
+def rows(M, i):
     """M[i] in int8: of M (m, n), to (*i.shape, n)."""
-    return saturate(M.W[i] + jnp.int32(M.A[i] @ M.B.mT)) if isinstance(M, LowRank) else M[i]
+    if not isinstance(M, LowRank):
+        return M[i]
+    return saturate(M.W[i] + jnp.int32(M.scale) * (M.A[i] @ M.B.mT))
 
 
-def exp2(x: jax.Array) -> jax.Array:
+def exp2(x):
     """2^(x/16) of int8 x, in uint32 and units of 2⁻¹⁶, within 0.31 %; 256 of them can be added."""
-    q, u = jnp.int32(x) >> 4, jnp.int32(x) & 15  # x/16 = q + u/16
-    power = 256 + ((u * (174 + 5 * u)) >> 4)  # 2^(u/16) in units of 2⁻⁸, by a polynomial
-    return jnp.uint32(power << (q + 8))
+    x = jnp.int32(x)
+    rest = x & 15  # x = 16 · (x >> 4) + rest
+    power = 256 + ((rest * (174 + 5 * rest)) >> 4)  # 2^(rest/16) in units of 2⁻⁸, by a polynomial
+    return jnp.uint32(power << ((x >> 4) + 8))
 
 
-LOG2 = np.round(256 * np.log2(1 + (np.arange(256) + 0.5) / 256)).astype(np.int32)  # (256,)
+LOG2_TABLE = np.round(256 * np.log2(1 + (np.arange(256) + 0.5) / 256)).astype(
+    np.int32
+)  # (256,): log₂ of 1 + (i + ½)/256
 
 
-def log2(x: jax.Array) -> jax.Array:
+def log2(x):
     """log₂ of positive uint32 x, in int32 and units of 2⁻⁸, within 0.005."""
     zeros = jax.lax.clz(x)
     fraction = ((x << zeros) >> 23) & 255  # 8 bits after the leading one
-    return (jnp.int32(31 - zeros) << 8) + jnp.asarray(LOG2)[fraction]
+    return (jnp.int32(31 - zeros) << 8) + jnp.asarray(LOG2_TABLE)[fraction]
 
 
-def int_log2_softmax(logits: jax.Array, token: jax.Array) -> jax.Array:
-    """log₂ p(token), p ~ 2^(logit/16), in int32 and units of 2⁻⁸, of logits (vocab ≤ 256,): ()."""
-    return (jnp.int32(logits[token]) << 4) - log2(jnp.sum(exp2(logits))) + (16 << 8)
-
-
-def int_rnn_init(key: jax.Array, vocab: int, hidden: int) -> dict[str, jax.Array]:
-    """Parameters for `int_rnn`, int32: those of `rnn` without the 1/√m, by which `product` divides."""
+def int_rnn_init(key, vocab, hidden):
+    """Parameters for `int_rnn`: those of `rnn` in int32, without the 1/√m of `product`."""
     params = rnn_init(key, vocab, hidden)
-    params |= {name: params[name] * math.sqrt(hidden) for name in ("W", "U")}
+    params["W"] *= math.sqrt(hidden)
+    params["U"] *= math.sqrt(hidden)
     return jax.tree.map(lambda p: jnp.int32(saturate(jnp.round(16 * p))) << 16, params)
 
 
-def int_rnn(params: dict[str, Any], h: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`rnn` in integers: (memory h (hidden,), token ()) to (new h, logits (vocab,)), all int8.
+def int_rnn(params, h, token, next_token):
+    """`rnn` in integers, for at most 256 different tokens: h in int8, log₂ p in int32, in 2⁻⁸ bits.
 
-    `saturate` takes the place of tanh, and (saturate + 127)/256 that of the sigmoid.
+    `saturate` takes the place of tanh, (saturate + 127)/256 that of sigmoid, and p ~ 2^(logit/16).
     """
     x1, x2 = jnp.split(product(rows(params["emb"], token), params["W"]) + params["b"], 2)
     u1, u2 = jnp.split(product(h, params["U"]), 2)  # (hidden,) each
     z = saturate(x1 + u1) + jnp.int32(127)  # in units of 2⁻⁸
     candidate = saturate(x2 + ((z * u2) >> 8))
-    h = (h + ((z * (candidate - jnp.int32(h))) >> 8)).astype(jnp.int8)  # between h and candidate
-    return h, saturate(product(h, params["head"]))
+    h = (h + ((z * (candidate - jnp.int32(h))) >> 8)).astype(jnp.int8)  # int8 - int8 would wrap
+    logits = saturate(product(h, params["head"]))  # (vocab,)
+    total = jnp.sum(exp2(logits), dtype=jnp.uint32)  # in units of 2⁻¹⁶
+    return h, (jnp.int32(logits[next_token]) << 4) - (log2(total) - (16 << 8))
 
 
 # Command line: train the RNN on text, or on any other file, byte by byte --------------------------
 
-# In either arithmetic: method, network, log₂ p, what the network sees of params, the unit of log₂ p
-# in bits, and that of logits in nats.
-FLOATS = Eggroll, rnn_init, rnn, log2_softmax, lambda params: params, 1, 1
-INTEGERS = IntEggroll, int_rnn_init, int_rnn, int_log2_softmax, weights, 2**-8, math.log(2) / 16
 
+def load_text(path, length):
+    """A file, byte by byte, as numbers in uint8: (alphabet, text, windows).
 
-def load_text(path: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The different bytes of a file (None: of Python's own help), and the file as their numbers:
-    nine tenths to learn and the last one, held out."""
-    topics = pydoc_data.topics.topics
-    data = Path(path).read_bytes() if path else "\n\n".join(topics.values()).encode()
-    alphabet, tokens = np.unique(np.frombuffer(data, np.uint8), return_inverse=True)
-    return alphabet, *np.split(tokens.astype(np.int32), [len(tokens) * 9 // 10])
+    alphabet  the different bytes of the file, (vocab,); a number is a place in it
+    text      the first nine tenths of the file, more than `length` bytes, to learn
+    windows   at most 256 windows of 257 bytes from the last tenth, evenly spaced: (count, 257)
 
+    If path is None, the file is Python's own help.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
 
-def ngram_bits(train: np.ndarray, test: np.ndarray, vocab: int) -> tuple[float, float]:
-    """Bits/byte on test of the unigram and the bigram counts of train, 0.1 added to each count."""
-    unigram = np.bincount(train, minlength=vocab) + 0.1  # (vocab,)
-    bigram = np.full((vocab, vocab), 0.1)
-    np.add.at(bigram, (train[:-1], train[1:]), 1)
-    p_unigram = unigram[test[1:]] / unigram.sum()
-    p_bigram = bigram[test[:-1], test[1:]] / bigram.sum(axis=1)[test[:-1]]
-    return -np.mean(np.log2(p_unigram)), -np.mean(np.log2(p_bigram))
-
-
-def save(path: str, params: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Write all arrays to path, atomically: the old file, until the new one is complete."""
-    with open(f"{path}.tmp", "wb") as file:
-        np.savez(file, **params, **progress)
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def load(path: str, params: dict[str, Any], progress: dict[str, Any]) -> tuple[dict, dict]:
-    """What `save` wrote to path; ValueError unless it has the kinds of arrays that these are."""
-    try:
+        data = "\n\n".join(topics.values()).encode()
+    else:
         with open(path, "rb") as file:
-            saved = dict(np.load(file))
-    except Exception as error:  # NumPy has many kinds of them for what is no checkpoint
-        raise ValueError(f"{path} is not a checkpoint: {error}") from error
-    both = saved, jax.tree.map(np.asarray, params | progress)
-    got, want = ({(name, f"{x.dtype}{x.shape}") for name, x in a.items()} for a in both)
-    if got != want:
-        has = f"has {sorted(got - want)}, expected {sorted(want - got)}"
-        raise ValueError(f"{path} is of another network or text: {has}")
-    if (saved["alphabet"] != progress["alphabet"]).any():
-        raise ValueError(f"{path} is of another text: it has other bytes")
-    return {name: saved[name] for name in params}, {name: saved[name] for name in progress}
+            data = file.read()
+    alphabet = np.unique(np.frombuffer(data, np.uint8))
+    byte_to_token = np.searchsorted(alphabet, np.arange(256)).astype(np.uint8)  # (256,)
+    tokens = np.frombuffer(data.translate(byte_to_token), np.uint8)
+    text, held_out = np.split(tokens, [len(tokens) * 9 // 10])
+    if len(text) <= length or len(held_out) < 2:
+        raise ValueError(f"--text must have 20 bytes, and more than --length; got {len(data)}")
+    window = min(257, len(held_out))
+    count = len(held_out) // window
+    windows = held_out[: count * window].reshape(count, window)
+    chosen = np.linspace(0, count - 1, min(count, 256)).astype(int)
+    return alphabet, text, windows[chosen]
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Callable]:
-    """The options, and a function that ends the program with a line that says why."""
-    what = "Train a recurrent network on text with EGGROLL, without backpropagation."
-    parser = argparse.ArgumentParser("eggroll.py", argparse.SUPPRESS, what)
+def ngram_bits(text, windows, vocab):
+    """Bits/byte on windows by the unigrams and bigrams of text, with 0.1 added to every bigram."""
+    counts = np.full(vocab**2, 0.1)
+    for start in range(0, len(text), 2**20):  # a piece at a time, to save memory
+        piece = text[start : start + 2**20 + 1].astype(int)
+        counts += np.bincount(piece[:-1] * vocab + piece[1:], minlength=vocab**2)
+    counts = counts.reshape(vocab, vocab)
+    unigram = counts.sum(axis=0) / counts.sum()  # (vocab,)
+    bigram = counts / counts.sum(axis=1, keepdims=True)  # (vocab, vocab)
+    token = windows[:, :-1]
+    next_token = windows[:, 1:]
+    return -np.log2(unigram[next_token]).mean(), -np.log2(bigram[token, next_token]).mean()
+
+
+def save(path, kind, params, step):
+    """Write a checkpoint to path, where the old one stays until the new one is complete."""
+    if path is None:
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # of this process alone
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, kind=kind, step=step, **params)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path, kind, params):
+    """(params, step) as `save` wrote them to path; without such a file, the given params and 0.
+
+    `kind` describes network and text. ValueError if the file has another one.
+    """
+    if path is None or not os.path.exists(path):
+        return params, 0
+    saved = dict(np.load(path)) if zipfile.is_zipfile(path) else {}
+    found = saved.pop("kind", "no checkpoint")
+    if found != kind:
+        raise ValueError(f"{path} is of another network or text: {found}, expected {kind}")
+    step = int(saved.pop("step"))
+    print(f"goes on from step {step:,}")
+    return jax.tree.map(jnp.asarray, saved), step
+
+
+def number(kind, condition, name):
+    """A type for argparse: an argument as an int or float that fulfills the condition."""
+
+    def parse(argument):
+        value = kind(argument)
+        if not condition(value):
+            raise ValueError
+        return value
+
+    parse.__name__ = name  # "invalid NAME value", says argparse
+    return parse
+
+
+def make_parser():
+    """The command line's options."""
+    positive = number(float, lambda x: 0 < x < math.inf, "positive number")
+    count = number(int, lambda n: n > 0, "positive whole number")
+    even = number(int, lambda n: n > 0 and n % 2 == 0, "positive even number")
+
+    def rank(argument):
+        return None if argument == "full" else count(argument)
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description="Usage: python eggroll.py [OPTION VALUE ...]. Train a recurrent network on "
+        "text, without backpropagation. Going on from a checkpoint, all options may change but "
+        "--integer, --hidden and --text, of which the different bytes must be the same.",
+    )
     add = parser.add_argument
-    add("--text", metavar="FILE", help="any file, learned byte by byte; else Python's own help")
+    add("--text", help="any file, learned byte by byte; else Python's own help")
     add("--integer", action="store_true", help="train the network of integers")
     add("--seconds", type=float, default=60, help="how long to train, from now on: 60")
     add("--steps", type=int, help="how many steps to train instead, from now on")
-    add("--population", type=int, default=4096, help="members, an even number: 4096")
-    add("--chunk", type=int, help="pairs to evaluate at a time, to save memory; else all")
-    add("--rank", default="1", help="rank of the noise, a number or full: 1")
-    add("--sigma", type=float, help="scale of the noise: 0.04 (integers: 0.125, in sixteenths)")
-    add("--lr", type=float, help="learning rate at first: 0.35 (integers: 1448) for 4096 members")
-    add("--hidden", type=int, default=32, help="units of memory: 32")
-    add("--length", type=int, default=32, help="bytes that a member predicts: 32")
+    add("--population", type=even, default=4096, help="members, an even number: 4096")
+    add("--chunk", type=count, help="pairs to evaluate at a time, to save memory; else all")
+    add("--rank", type=rank, default=1, help="rank of the noise, a number or full: 1")
+    add("--sigma", type=positive, help="scale of the noise: 0.04; integers, in sixteenths: 2")
+    add(
+        "--lr",
+        type=positive,
+        help="learning rate, which falls: 0.35 for 4096 members; integers: 1449",
+    )
+    add("--hidden", type=count, default=32, help="units of memory: 32")
+    add("--length", type=count, default=32, help="bytes that a member predicts: 32")
     add("--seed", type=int, default=0, help="seed of everything random: 0")
-    add("--checkpoint", metavar="FILE", help="save to it every two seconds; go on from it")
-    args = parser.parse_args(argv)
-    for name in "seconds", "steps", "population", "sigma", "lr", "hidden", "length":
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name} must be positive and finite, got {value}")
-    if args.population % 2:
-        parser.error(f"--population must be even, got {args.population}")
-    if args.rank != "full" and not (args.rank.isdecimal() and int(args.rank)):
-        parser.error(f"--rank must be full or a number of at least 1, got {args.rank}")
-    args.rank = None if args.rank == "full" else int(args.rank)
-    args.sigma = args.sigma or (0.125 if args.integer else 0.04)
-    N = args.population  # noise moves a number by lr/(σ√N) in a step, an integer by lr √(N/2)
-    args.lr = args.lr or (2**16 / math.sqrt(N / 2) if args.integer else 0.35 * math.sqrt(N / 4096))
-    if args.integer:
-        if 16 * args.sigma % 1 or not 1 <= args.lr < 2**31 / N:
-            what = "--integer needs a multiple of 1/16 for --sigma, --lr of 1 to 2³¹/population"
-            parser.error(what)
-        args.sigma, args.lr = int(16 * args.sigma), int(args.lr)
-    return args, parser.error
+    add(
+        "--checkpoint",
+        help="file to save to, every two seconds, and to go on from",
+    )
+    return parser
 
 
-def learn(args: argparse.Namespace, state, text, train_step, held_out, unit: float) -> Any:
-    """Go on from state, (params, progress), for as long as args say, or until Ctrl-C: the new one."""
-    first, earlier = int(state[1]["step"]), float(state[1]["seconds"])
-    clock, reported, done = time.perf_counter(), 0.0, 0.0
+def learn(options, kind, params, train_step, held_out_bits):
+    """Train, on from the checkpoint if there is one, until time is up or Ctrl-C: (params, step)."""
+    goal = options.seconds if options.steps is None else options.steps
+    params, first = load(options.checkpoint, kind, params)
+    if first == 0 and goal == 0:
+        raise ValueError("without training, --checkpoint must name a file that exists")
+    save(options.checkpoint, kind, params, first)  # finds out now whether it can be written
+    jax.block_until_ready((train_step(params, 0), held_out_bits(params)))  # before the clock starts
+    print("compiled", flush=True)
+
+    step = first
+    done = reported = 0
+    start = time.perf_counter()
     try:
-        while done < 1:
-            params, progress = state
-            step = int(progress["step"])
-            lr = type(args.lr)(args.lr / (1 + step / 600))  # an int stays one
-            params, scores = jax.block_until_ready(train_step(params, step, lr, text))
-            elapsed, steps = time.perf_counter() - clock, step + 1 - first
-            state = params, progress | {"step": step + 1, "seconds": earlier + elapsed}
-            done = steps / args.steps if args.steps else elapsed / args.seconds
-            if elapsed - reported > 2:
-                reported = elapsed
-                if args.checkpoint:
-                    save(args.checkpoint, *state)
-                members = -unit * np.mean(scores) / args.length
-                speed = steps * args.population * args.length / elapsed / 1e6
+        while done < goal:
+            # One statement: Ctrl-C comes before or after both change.
+            params, step = jax.block_until_ready(train_step(params, step)), step + 1
+            seconds = time.perf_counter() - start
+            done = seconds if options.steps is None else step - first
+            if seconds > reported + 2:
+                reported = seconds
+                left = max(0, seconds * (goal / done - 1))
                 print(
-                    f"step {step + 1:6,}   bits/byte: members {members:.2f}, held-out "
-                    f"{held_out(params):.2f}   {speed:.2f} million bytes/s   "
-                    f"{max(elapsed / done - elapsed, 0):.0f} s left",
+                    f"step {step:6,}   held-out {held_out_bits(params):.2f} bits/byte   "
+                    f"{(step - first) / seconds:.1f} steps/s   {left:.0f} s left",
                     flush=True,
                 )
+                save(options.checkpoint, kind, params, step)
     except KeyboardInterrupt:
         print("interrupted")
-    return state
+    save(options.checkpoint, kind, params, step)
+    return params, step
 
 
-def train(args: argparse.Namespace) -> None:
+def train(options):
     """Train, with a line of progress every two seconds; then print a sample and the score."""
-    method, init, cell, log2_p, see, unit, nat = INTEGERS if args.integer else FLOATS
-    es, pairs = method(args.sigma, args.rank, chunk=args.chunk), args.population // 2
-    fitness = partial(bits, cell=cell, log2_p=log2_p)
-    alphabet, text, test = load_text(args.text)
-    if len(test) <= args.length:
-        raise ValueError(f"--length {args.length} needs more than {len(test)} bytes held out")
-    window = min(257, len(test))  # of what is held out; each is read from an empty memory
-    windows = test[: len(test) // window * window].reshape(-1, window)
-    key_init, key_train, key_sample = jax.random.split(jax.random.key(args.seed), 3)
+    pairs = options.population // 2
+    if options.integer:
+        es = IntEggroll(options.sigma or 2, options.rank, chunk=options.chunk)
+        lr = options.lr or 2**16 / math.sqrt(pairs)
+        as_lr = math.ceil  # so that it never falls to 0
+        init, cell = int_rnn_init, int_rnn
+        weights_of = weights
+        bit = 2**8
+    else:
+        es = Eggroll(options.sigma or 0.04, options.rank, chunk=options.chunk)
+        lr = options.lr or 0.35 * math.sqrt(pairs / 2048)
+        as_lr = float
+        init, cell = rnn_init, rnn
+        weights_of = lambda params: params
+        bit = 1
+    fitness = partial(bits, cell=cell)
+
+    alphabet, text, windows = load_text(options.text, options.length)
+    unigram, bigram = ngram_bits(text, windows, len(alphabet))
+    text = jnp.asarray(text)  # on the device, once
+    print(f"{len(text):,} bytes to learn, {len(alphabet)} of them different", flush=True)
+    key_init, key_train, key_sample = jax.random.split(jax.random.key(options.seed), 3)
 
     @jax.jit
-    def train_step(params, step, lr, text):
+    def generation(params, step, lr, text):
         key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
-        starts = jax.random.randint(key_data, (pairs, 1), 0, len(text) - args.length)
-        texts = text[starts + jnp.arange(args.length + 1)[None]]  # (pairs, length + 1)
-        return es.step(fitness, params, key_noise, texts, lr)
+        end = len(text) - options.length
+        starts = jax.random.randint(key_data, (pairs, 1), 0, end, jnp.int32)
+        texts = text[starts + jnp.arange(options.length + 1)[None]]  # (pairs, length + 1)
+        return es.step(fitness, params, key_noise, texts, lr)[0]
+
+    def train_step(params, step):
+        return generation(params, step, as_lr(lr / (1 + step / 600)), text)
 
     @jax.jit
-    def held_out(params):
-        scores = jax.vmap(partial(fitness, see(params)))(windows)
-        return -unit * jnp.mean(scores) / (window - 1)
+    def held_out_bits(params):
+        log2_p = jax.vmap(partial(fitness, weights_of(params)))(windows)
+        return -jnp.mean(log2_p) / bit / (windows.shape[1] - 1)
 
-    progress = {"step": 0, "seconds": 0.0, "alphabet": alphabet}
-    state = init(key_init, len(alphabet), args.hidden), progress
-    if args.checkpoint:
-        state = load(args.checkpoint, *state) if os.path.exists(args.checkpoint) else state
-        save(args.checkpoint, *state)  # finds out now whether it can be written
-    size = sum(p.size for p in state[0].values())
-    print(f"{len(text):,} bytes to learn, {len(test):,} held out, {len(alphabet)} different")
-    print(f"{size:,} parameters, population {args.population:,}, {jax.default_backend()}")
-    clock = time.perf_counter()
-    train_step = train_step.lower(state[0], 0, args.lr, text).compile()
-    held_out(state[0])
-    print(f"compiled in {time.perf_counter() - clock:.1f} s", flush=True)
-    params, progress = state = learn(args, state, text, train_step, held_out, unit)
-    if args.checkpoint:
-        save(args.checkpoint, *state)
-    written = alphabet[sample(see(params), key_sample, text[0], 300, cell, nat)]
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may lack characters
-    shown = bytes(written).decode(errors="replace").encode(encoding, "replace").decode(encoding)
-    unigram, bigram = ngram_bits(text, test, len(alphabet))
-    print(f"\n{shown}\n")
+    kind = f"{cell.__name__}, hidden {options.hidden}, bytes {bytes(alphabet)}"
+    params = init(key_init, len(alphabet), options.hidden)
+    params, step = learn(options, kind, params, train_step, held_out_bits)
+    written = alphabet[sample(weights_of(params), key_sample, text[0], 300, cell, bit)]
+    print(f"\n{bytes(written).decode(errors='replace')}\n")
     print(
-        f"held-out {held_out(params):.2f} bits/byte after {progress['seconds']:.0f} s "
-        f"(unigram {unigram:.2f}, bigram {bigram:.2f})"
+        f"held-out {held_out_bits(params):.2f} bits/byte after {step:,} steps "
+        f"(unigram {unigram:.2f}, bigram {bigram:.2f}; {len(windows)} windows)"
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=()):
     """Train as the options say; what is wrong with them ends the program with one line."""
-    args, refuse = parse_args(argv)
+    parser = make_parser()
+    options = parser.parse_args(argv)
     try:
-        train(args)
-    except (OSError, ValueError, OverflowError) as error:
-        refuse(str(error))
-    except jax.errors.JaxRuntimeError as error:
-        what = str(error).splitlines()[0]
-        refuse(f"{what} (out of memory? --chunk evaluates fewer pairs at a time)")
+        train(options)
+    except (OSError, ImportError, ValueError, OverflowError, jax.errors.JaxRuntimeError) as error:
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        parser.error("out of memory: try --chunk" if out_of_memory else str(error))
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # the terminal may lack characters of the sample
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # at once, as XLA may still be compiling in other threads

@@ -527,8 +527,7 @@ def product(x, M):
         raise ValueError(f"product takes int8 and m ≤ 1024, got {x.dtype}, {M.dtype} and m = {m}")
     dot = partial(jnp.matmul, preferred_element_type=jnp.int32)
     if isinstance(M, LowRank):
-        xA = jnp.sum(x * jnp.int32(M.A[:, 0]), axis=-1, keepdims=True, dtype=jnp.int32)  # (..., 1)
-        y = dot(x, M.W) + M.scale * xA * M.B[:, 0]
+        y = dot(x, M.W) + dot(x, M.scale * M.A) @ M.B.mT.astype(jnp.int32)
     else:
         y = dot(x, M)
     return (
@@ -540,7 +539,7 @@ def rows(M, i):
     """M[i] in int8: of M (m, n), to (*i.shape, n)."""
     if not isinstance(M, LowRank):
         return M[i]
-    return saturate(M.W[i] + jnp.int32(M.scale) * (M.A[i] @ M.B.mT))
+    return saturate(M.W[i] + jnp.int32((M.scale * M.A[i]) @ M.B.mT))
 
 
 def exp2(x):

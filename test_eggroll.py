@@ -1285,7 +1285,7 @@ REFUSED = {
     "--checkpoint nowhere/x.npz": "nowhere/x.npz",
     "--checkpoint cut.npz": "cut.npz .*no checkpoint",
     "--checkpoint abc.txt": "abc.txt .*no checkpoint",
-    "--checkpoint good.npz --hidden 9 --integer": "another network.*: rnn, hidden 8.* expected int_rnn, hidden 9",
+    "--checkpoint good.npz --hidden 9 --integer": "rnn, hidden 8.* expected int_rnn, hidden 9",
     "--checkpoint good.npz --text xyz.txt": "bytes b'abc', expected .* bytes b'xyz'",
     "--population 7": "--population: .*'7'",
     "--population 2000000000 --rank 500": "out of memory.*--chunk",  # a thousand terabytes

@@ -806,7 +806,7 @@ def main(argv=()):
     try:
         train(options)
     except (OSError, ImportError, ValueError, OverflowError, jax.errors.JaxRuntimeError) as error:
-        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        out_of_memory = "out of memory" in str(error).lower()
         parser.error("out of memory: try --chunk" if out_of_memory else str(error))
 
 

@@ -57,7 +57,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# To use the method in a project of your own, copy this file down to the line "copy up to here".
+# The method ends at the line "copy up to here". To use it alone in a project of your own, copy the
+# file down to there. Of the imports it needs math, Callable, dataclass, partial, jax, jnp and np.
 
 # Noise: iid entries, symmetric about zero, of variance 1 (Sec. 4.1 of [1]) -----------------------
 
@@ -298,8 +299,9 @@ class Eggroll:
         """g = 1/(Nσ) Σᵢ fᵢ Eᵢ over all N members, like params, from their scores (pairs, 2).
 
         With normal noise of full rank, its mean is the gradient of the mean of f(θ + σE). Low rank
-        changes the mean by O(1/r), if f is bounded and A or B is normal. With signs in both there
-        is a further error, which falls with the number of a layer's inputs (theory/ has proofs).
+        changes the mean by O(1/r), if f is bounded and one factor, A or B, is normal. With signs
+        in both, the default, there is a further error, which falls with the number of a layer's
+        inputs (theory/ has proofs).
         """
         if jnp.shape(scores)[1:] != (2,):
             raise ValueError(f"scores must have shape (pairs, 2), got {jnp.shape(scores)}")
@@ -679,6 +681,8 @@ def make_parser():
     positive = number(float, lambda x: 0 < x < math.inf, "positive number")
     count = number(int, lambda n: n > 0, "positive whole number")
     even = number(int, lambda n: n > 0 and n % 2 == 0, "positive even number")
+    seconds = number(float, lambda x: x >= 0, "number of seconds")
+    steps = number(int, lambda n: n >= 0, "number of steps")
 
     def rank(argument):
         return None if argument == "full" else count(argument)
@@ -692,8 +696,8 @@ def make_parser():
     add = parser.add_argument
     add("--text", help="any file, learned byte by byte; else Python's own help")
     add("--integer", action="store_true", help="train the network of integers")
-    add("--seconds", type=float, default=60, help="how long to train, from now on: 60")
-    add("--steps", type=int, help="how many steps to train instead, from now on")
+    add("--seconds", type=seconds, default=60, help="how long to train, from now on: 60")
+    add("--steps", type=steps, help="how many steps to train instead, from now on")
     add("--population", type=even, default=4096, help="members, an even number: 4096")
     add("--chunk", type=count, help="pairs to evaluate at a time, to save memory; else all")
     add("--rank", type=rank, default=1, help="rank of the noise, a number or full: 1")

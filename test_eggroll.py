@@ -1636,7 +1636,7 @@ def tutorial(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tutorial")  # where it may save its figure
     for name in "eggroll.py", "tutorial.ipynb":
         shutil.copy(HERE / name, folder)
-    options = {"PYTHONWARNINGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": ""}
+    options = {"PYTHONWARNINGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
     with python("-c", RUN_THE_TUTORIAL, cwd=folder, **options) as process:
         yield process, folder
         process.kill()

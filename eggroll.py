@@ -199,7 +199,7 @@ def standardize(scores):
 
 
 def weighted_sum(c, e, dtype):
-    """Σᵢ cᵢ Eᵢ of c (P,), and e the arrays (P, ...) or factors ((P, ..., m, r), (P, ..., n, r))"""
+    """Σᵢ cᵢ Eᵢ of c (P,), and e the arrays (P, ...) or factors ((P, ..., m, r), (P, ..., n, r))."""
     if not isinstance(e, tuple):
         return jnp.tensordot(c, e, axes=1, preferred_element_type=dtype)
     A, B = e

@@ -333,13 +333,16 @@ class Eggroll:
         `gradient`, it sees that both draw the same noise, and draws it once.
         """
         data = jax.tree.map(jnp.asarray, data)
-        lengths = {len(x) for x in jax.tree.leaves(data)}
-        pairs = min(lengths, default=0)
-        chunk = pairs if self.chunk is None else self.chunk
-        if len(lengths) > 1 or chunk < 1 or pairs % chunk:
+        shapes = [x.shape for x in jax.tree.leaves(data)]
+        lengths = {shape[:1] for shape in shapes}
+        if len(lengths) != 1 or () in lengths:
             raise ValueError(
-                f"data must share a first axis that chunk divides: {lengths=}, {chunk=}"
+                f"data must be arrays that share a first axis, of pairs; got shapes {shapes}"
             )
+        pairs = shapes[0][0]
+        chunk = pairs if self.chunk is None else self.chunk
+        if chunk < 1 or pairs % chunk:
+            raise ValueError(f"chunk must divide the pairs, got {chunk=} and {pairs=}")
         if any(axis for x in jax.tree.leaves(data) for axis in jax.typeof(x).sharding.spec):
             raise ValueError(
                 "data is sharded over an explicit mesh: make it with axis_types=(AxisType.Auto,), "
@@ -491,7 +494,10 @@ class IntEggroll(Eggroll):
         """The member θ + sign · σ · E, of what the network sees."""
         sigma_fits = isinstance(self.sigma, jax.Array) or self.sigma in range(1, 128)
         if not sigma_fits or self.rank != 1 or self.draw != signs:
-            raise ValueError(f"integers take sigma = 1 … 127, rank=1 and draw=signs, got {self}")
+            raise ValueError(
+                "integers take draw=signs, sigma = 1 … 127 (sixteenths) and rank=1, got "
+                f"sigma={self.sigma} and rank={self.rank}"
+            )
         scale = sign * jnp.int32(self.sigma)
         return jax.tree.map(partial(add_noise, scale=scale), weights(params), noise)
 
@@ -526,15 +532,16 @@ def product(x, M):
     """x M/√m in fixed point, rounded down: x (..., m), M (m, n) in int8 to (..., n) in int32."""
     m = x.shape[-1]
     if x.dtype != jnp.int8 or M.dtype != jnp.int8 or m > 1024:  # beyond 1024, int32 overflows
-        raise ValueError(f"product takes int8 and m ≤ 1024, got {x.dtype}, {M.dtype} and m = {m}")
+        raise ValueError(
+            f"product takes int8 and at most 1024 inputs, got {x.dtype}, {M.dtype} and {m} inputs"
+        )
     dot = partial(jnp.matmul, preferred_element_type=jnp.int32)
     if isinstance(M, LowRank):
         y = dot(x, M.W) + dot(x, M.scale * M.A) @ M.B.mT.astype(jnp.int32)
     else:
         y = dot(x, M)
-    return (
-        y * round(2**11 / math.sqrt(m))
-    ) >> 15  # undoes the 2¹¹, and makes 1/256 of x M sixteenths
+    y = y * round(2**11 / math.sqrt(m))  # in units of 2⁻⁸ before, of 2⁻¹⁹ now
+    return y >> 15  # in sixteenths
 
 
 def rows(M, i):
@@ -552,9 +559,8 @@ def exp2(x):
     return jnp.uint32(power << ((x >> 4) + 8))
 
 
-LOG2_TABLE = np.round(256 * np.log2(1 + (np.arange(256) + 0.5) / 256)).astype(
-    np.int32
-)  # (256,): log₂ of 1 + (i + ½)/256
+FRACTIONS = (np.arange(256) + 0.5) / 256
+LOG2_TABLE = np.int32(np.round(256 * np.log2(1 + FRACTIONS)))  # (256,), in units of 2⁻⁸
 
 
 def log2(x):
@@ -650,14 +656,16 @@ def save(path, kind, params, step):
 def load(path, kind, params):
     """(params, step) as `save` wrote them to path; without such a file, the given params and 0.
 
-    `kind` describes network and text. ValueError if the file has another one.
+    `kind` describes network and text. ValueError if the file is not a checkpoint of that kind.
     """
     if path is None or not os.path.exists(path):
         return params, 0
     saved = dict(np.load(path)) if zipfile.is_zipfile(path) else {}
-    found = saved.pop("kind", "no checkpoint")
-    if found != kind:
-        raise ValueError(f"{path} is of another network or text: {found}, expected {kind}")
+    if saved.pop("kind", None) != kind:
+        raise ValueError(
+            f"{path} is not a checkpoint of this network: --integer, --hidden and the different "
+            "bytes of --text must be as they were"
+        )
     step = int(saved.pop("step"))
     print(f"goes on from step {step:,}")
     return jax.tree.map(jnp.asarray, saved), step
@@ -691,29 +699,27 @@ def make_parser():
         usage=argparse.SUPPRESS,
         description="Usage: python eggroll.py [OPTION VALUE ...]. Train a recurrent network on "
         "text, without backpropagation. Going on from a checkpoint, all options may change but "
-        "--integer, --hidden and --text, of which the different bytes must be the same.",
+        "--integer, --hidden and the different bytes of --text.",
     )
     add = parser.add_argument
-    add("--text", help="any file, learned byte by byte; else Python's own help")
+    add("--text", help="any file, learned byte by byte (default: Python's own help)")
     add("--integer", action="store_true", help="train the network of integers")
-    add("--seconds", type=seconds, default=60, help="how long to train, from now on: 60")
-    add("--steps", type=steps, help="how many steps to train instead, from now on")
-    add("--population", type=even, default=4096, help="members, an even number: 4096")
-    add("--chunk", type=count, help="pairs to evaluate at a time, to save memory; else all")
-    add("--rank", type=rank, default=1, help="rank of the noise, a number or full: 1")
-    add("--sigma", type=positive, help="scale of the noise: 0.04; integers, in sixteenths: 2")
+    add("--seconds", type=seconds, default=60, help="how long to train, from now on (default 60)")
+    add("--steps", type=steps, help="how many steps to train, in place of --seconds")
+    add("--population", type=even, default=4096, help="members, an even number (default 4096)")
+    add("--chunk", type=count, help="pairs to evaluate at a time, to save memory (default: all)")
+    add("--rank", type=rank, default=1, help="rank of the noise, a number or full (default 1)")
+    add("--sigma", type=positive, help="scale of the noise (default 0.04; integers: 2 sixteenths)")
     add(
         "--lr",
         type=positive,
-        help="learning rate, which falls: 0.35 for 4096 members; integers: 1449",
+        help="learning rate at first; it falls (default 3.42 sigma^2 sqrt(population), 0.35; "
+        "integers: 2^16 / sqrt(population / 2), 1449)",
     )
-    add("--hidden", type=count, default=32, help="units of memory: 32")
-    add("--length", type=count, default=32, help="bytes that a member predicts: 32")
-    add("--seed", type=int, default=0, help="seed of everything random: 0")
-    add(
-        "--checkpoint",
-        help="file to save to, every two seconds, and to go on from",
-    )
+    add("--hidden", type=count, default=32, help="units of memory (default 32)")
+    add("--length", type=count, default=32, help="bytes that a member predicts (default 32)")
+    add("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    add("--checkpoint", help="file to save to, every two seconds, and to go on from")
     return parser
 
 
@@ -763,7 +769,7 @@ def train(options):
         bit = 2**8
     else:
         es = Eggroll(options.sigma or 0.04, options.rank, chunk=options.chunk)
-        lr = options.lr or 0.35 * math.sqrt(pairs / 2048)
+        lr = options.lr or 3.42 * es.sigma**2 * math.sqrt(options.population)
         as_lr = float
         init, cell = rnn_init, rnn
         weights_of = lambda params: params

@@ -1750,8 +1750,14 @@ def scan_stacked_biases(p, _):
     return h.sum()
 
 
+def map_stacked_biases(p, _):
+    return jax.vmap(jnp.sum)(p["b"]).sum()
+
+
+BIASES = {"b": jnp.ones((5, 3))}
 OTHER_MESSAGES = {
-    "tuple index out of range": lambda: evaluate(scan_stacked_biases, {"b": jnp.ones((5, 3))}),
+    "tuple index out of range": lambda: evaluate(scan_stacked_biases, BIASES),
+    "rank should be at least 1": lambda: evaluate(map_stacked_biases, BIASES),
     "must be floating-point": lambda: evaluate(params=jnp.ones((2, 2), jnp.complex64)),
     "Cannot convert_element_type": lambda: evaluate(params=KEY),
     "fitness must return a scalar": lambda: evaluate(lambda p, x: jnp.ones(2)),

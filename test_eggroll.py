@@ -1423,25 +1423,23 @@ def blocks(markdown):
 
 EXAMPLE, *_ = blocks(README)
 RECIPES = dict(re.findall(r"summary>(.*?)</summary>(.*?)</d", README, re.DOTALL))
-LIBRARIES = {"eqx": "equinox", "nnx": "flax.nnx", "linen": "flax.linen"}
-LIBRARIES |= {name: name for name in ("optax", "gymnasium")}
-STEP = "es.step(fitness, params, key, data, 0.6)"
+MESSAGES = RECIPES["Messages, and what they mean"]
+LIBRARIES = ("optax", "equinox", "flax", "gymnasium")
+STEP = "es.step(fitness, params, key, data, 4)"
 TRIED = {  # what is done with the names that a recipe defines: a step, if nothing else is said
-    "The same batch": "batch_step(params, key, jax.tree.map(lambda x: x[1], data), 0.6)",
-    "σ and": "scheduled_step(params, key, data, 7)",
-    "Optax:": "optax_step(params, state, key, data)",
-    "Integers": "int_step(ints, key, data, 2**11)",
-    "Train only": "head_step(params[1], params[0], key, data, 0.6)",
-    "Half": "es.step(half, params, key, data, 0.6)",
-    "A fitness": "g, scores",
+    "One batch": "trained, scores",
+    "Held-out": "best_params, best, es.step(fitness, params, key, data, 4)",
+    "Many devices": "g, params, scores",
+    "A fitness": "policy",
+    "Gradients": "es.step(adapted, params, key, data, 4)",
     "A transformer": """es.step(lambda p, x: jnp.sum(attention(p, x, 2)), {"scale": jnp.ones(8)}
-        | {name: normal(key, (9, 8)) for name in ("emb", "pos")}
-        | {name: normal(key, (8, 8)) for name in ("q", "k", "v", "out")},
+        | {name: jax.random.normal(key, (9, 8)) for name in ("emb", "pos")}
+        | {name: jax.random.normal(key, (8, 8)) for name in ("q", "k", "v", "out")},
         key, jnp.arange(20).reshape(4, 5) % 9, 0.1)""",
     "Deep": """es.step(lambda p, x: jnp.sum(deep(p, x)),
         {"W": jnp.ones((5, 3, 3)), "b": jnp.ones((5, 3))}, key, jnp.ones((4, 3)), 0.1)""",
-    "Convol": """es.step(lambda p, x: jnp.sum(convolve(p, x)), {"kernel": jnp.ones((3, 3, 2, 4))},
-        key, jnp.ones((4, 1, 5, 5, 2)), 0.1)""",
+    "Half": "es.step(half, params, key, data, 4)",
+    "Integers": "ints, scores",
 }
 
 
@@ -1458,40 +1456,129 @@ def example():
     return run(EXAMPLE.replace("range(200)", "range(2)"))
 
 
-def run_recipe(title):
-    """The names that README's recipe leaves, `result` among them."""
-    names = vars(eggroll) | globals() | example()
-    recipe = blocks(RECIPES[title])
-    for name, library in LIBRARIES.items():
-        if f"{name}." in recipe[0]:
-            names[name] = pytest.importorskip(library)
-    if title.startswith("A fitness"):
-        names["pairs"] = 2
-    tried = [tried for start, tried in TRIED.items() if title.startswith(start)]
-    return run("\n".join([*recipe, "result = " + (*tried, STEP)[0]]), names)
+def recipe(start):
+    """The blocks of README's recipe whose title starts like that."""
+    [text] = [text for title, text in RECIPES.items() if title.startswith(start)]
+    return blocks(text)
+
+
+def run_recipe(start, names=None, then=""):
+    """The names that README's recipe leaves after the example."""
+    code = recipe(start)
+    if start.startswith("Many devices"):  # it goes on after another
+        code = [block for block in recipe("Out of memory") + code if "distributed" not in block]
+    for library in LIBRARIES:
+        if re.search(rf"^(from|import) {library}", code[0], re.MULTILINE):
+            pytest.importorskip(library)
+    return run("\n".join([*code, then]), example() | (names or {}))
 
 
 @pytest.mark.parametrize("title", [title for title, text in RECIPES.items() if blocks(text)])
 @pytest.mark.parametrize("x64", [False, True], ids=["", "x64"])
 @pytest.mark.filterwarnings("default")
 def test_recipes_run_as_printed(title, x64, folder):
-    lines = [re.findall(r"^.", block, re.MULTILINE) for block in blocks(RECIPES[title])]
-    assert max(map(len, lines)) <= 8
+    lines = [re.findall(r"^(?!import|from).", block, re.MULTILINE) for block in recipe(title)]
+    assert max(map(len, lines)) <= 12
+    [tried] = [tried for start, tried in TRIED.items() if title.startswith(start)] or [STEP]
     with jax.enable_x64(x64):
-        result = jax.tree.leaves(run_recipe(title)["result"])
-        assert all(np.isfinite(x).all() for x in result)
-        assert any(np.ptp(x) > 0 for x in result)
+        result = jax.tree.leaves(run_recipe(title, then=f"result = {tried}")["result"])
+    assert all(np.isfinite(x).all() for x in result)
+    assert any(np.ptp(x) > 0 for x in result)
 
 
 def test_recipes_with_one_batch_see_the_batch_that_they_are_given_and_compile_once(folder):
-    names = run_recipe("The same batch for all members")
-    step = names["batch_step"]
+    names = run_recipe("One batch")
+    step, trained, frozen = (names[name] for name in ("tune_step", "trained", "frozen"))
     x, inside = names["data"]
     with jax.numpy_rank_promotion("allow"):
-        _, first = step(names["params"], KEY, (x[2], inside[2]), 1.0)
-        _, other = step(names["params"], KEY, (x[3], inside[3]), 1.0)
+        _, first = step(trained, frozen, KEY, (x[2], inside[2]))
+        _, other = step(trained, frozen, KEY, (x[3], inside[3]))
     assert np.any(first != other)
     assert step._cache_size() == 1
+
+
+def copies_of_the_previous(tokens, vocab=9):
+    """What a transformer is to answer: the previous token; later, of the last three, another."""
+    before = jnp.roll(tokens, 1, axis=-1).at[..., 0].set(tokens[..., 0])
+    return before, jnp.where(before < vocab - 3, before, 2 * vocab - 4 - before)
+
+
+@cache
+def pretrained():
+    """A transformer of README's recipe, trained by backpropagation: params, log-likelihood."""
+    attention = run("\n".join(recipe("A transformer")), example())["attention"]
+
+    def log_likelihood(params, tokens, task):
+        h = jax.vmap(lambda tokens: attention(params[0] | params[1], tokens, 2))(tokens)
+        log_p = jax.nn.log_softmax(h @ params[1]["head"])
+        right = jax.nn.one_hot(copies_of_the_previous(tokens)[task], 9)
+        return jnp.mean(jnp.sum(log_p * right, axis=-1))
+
+    def descend(state, key):
+        params, speed = state
+        tokens = jax.random.randint(key, (64, 8), 0, 9)
+        g = jax.grad(log_likelihood)(params, tokens, 0)
+        speed = jax.tree.map(lambda v, g: 0.9 * v + g, speed, g)
+        return (jax.tree.map(lambda p, v: p + 0.05 * v, params, speed), speed), None
+
+    sizes = {"q": 16, "k": 16, "v": 16, "out": 16, "head": 9}
+    matrices = {name: normal(jax.random.key(n), (16, n)) / 4 for name, n in sizes.items()}
+    fixed = {"emb": normal(KEY, (9, 16)), "pos": normal(KEY, (8, 16)) / 2}
+    params = [fixed, matrices | {"scale": jnp.ones(16)}]
+    start = params, jax.tree.map(jnp.zeros_like, params)
+    (params, _), _ = jax.jit(partial(jax.lax.scan, descend))(start, jax.random.split(KEY, 150))
+    return params, log_likelihood
+
+
+@pytest.mark.parametrize("sigma", ["0.02", "0.1"])
+def test_recipes_for_fine_tuning_improve_a_transformer_and_do_harm_if_sigma_is_large(sigma, folder):
+    """The numbers of README: log-likelihoods before and after, and with σ = 0.1."""
+    numbers = r"rose from (\S+) to (\S+)\. With σ = 0.1 it fell below (\S+)\. "
+    [stated] = re.findall(numbers, " ".join(README.split()))
+    before, after, harmed = map(float, stated)  # from, to, and for a large σ below
+    with jax.numpy_rank_promotion("allow"):
+        params, log_likelihood = pretrained()
+        fitness = jax.jit(partial(log_likelihood, task=1))
+        tokens = jax.random.randint(KEY, (200, 16, 8), 0, 9)
+        held_out = tokens[100:].reshape(-1, 8)
+        names = {"params": params, "fitness": fitness, "pairs": 128, "data": tokens}
+        code = recipe("One batch")[0].replace("sigma=0.02", f"sigma={sigma}")
+        step = run(code, example() | names)["tune_step"]
+        frozen, trained = params[:1], params[1]
+        scores = [fitness(params, held_out)]
+        for t in range(100):
+            trained, _ = step(trained, frozen, jax.random.fold_in(KEY, t), tokens[t])
+            scores.append(fitness([*frozen, trained], held_out))
+    if sigma == "0.02":
+        np.testing.assert_allclose([scores[0], scores[-1]], [before, after], atol=0.15)
+        assert min(scores) > scores[0] - 0.1
+    else:
+        assert scores[-1] < harmed
+
+
+@cache
+def on_many_devices():
+    return run_recipe("Many devices: shard_map")
+
+
+def test_recipes_for_many_devices_give_the_answer_of_one(folder):
+    names = on_many_devices()
+    es, fitness, params, key = (names[name] for name in ("es", "fitness", "params", "key"))
+    step = jax.jit(partial(es.step, fitness))
+    data_key, noise_key = jax.random.split(key)
+    x = jax.random.normal(data_key, (1024, 16, 2))
+    fresh = x, jnp.sum(x**2, axis=-1) < 1.4
+    with jax.numpy_rank_promotion("allow"):
+        expected = [step(params, key, names["data"], 4.0), step(params, noise_key, fresh, 4.0)]
+        found = [
+            names["sharded_step"](params, key, names["sharded_data"], 4.0),
+            names["fresh_step"](params, key, 4.0),
+        ]
+        with jax.set_mesh(names["explicit_mesh"]):
+            params = jax.device_put(params, PartitionSpec())
+            found.append(names["explicit_step"](params, key, names["explicit_data"]))
+    assert_close(found, [*expected, expected[0]], ulps=300)
+    assert all(len(scores.sharding.device_set) == 8 for _, scores in found)
 
 
 def test_recipes_for_many_devices_need_a_fitness_that_uses_its_example():
@@ -1504,11 +1591,194 @@ def test_recipes_for_many_devices_need_a_fitness_that_uses_its_example():
     assert devices(lambda v, i: jnp.sum(v) + 0 * i) == 8
 
 
+def test_recipes_for_many_devices_need_data_that_is_spread(folder):
+    names = on_many_devices()
+    spread_data = "jax.lax.with_sharding_constraint(x, over_pairs)"
+    code = recipe("Out of memory")[1]
+    assert spread_data in code
+    names = run(code.replace(spread_data, "x"), example() | {"over_pairs": names["over_pairs"]})
+    assert len(names["scores"].sharding.device_set) == 1
+
+
+def test_recipes_for_shard_map_give_the_mean_over_devices(folder):
+    names = on_many_devices()
+    es, fitness, params, key = (names[name] for name in ("es", "fitness", "params", "key"))
+    keys = [jax.random.fold_in(key, device) for device in range(8)]
+    with jax.numpy_rank_promotion("allow"):
+        g, scores = names["mapped"](params, key, names["data"])
+        x, inside = (np.split(x, 8) for x in names["data"])
+        evaluate = jax.jit(partial(es.evaluate, fitness, params))
+        own = jnp.stack([evaluate(*part) for part in zip(keys, zip(x, inside), strict=True)])
+        shaped = standardize(own)
+        gradient = jax.jit(partial(es.gradient, params))
+        gradients = [gradient(key, s) for key, s in zip(keys, shaped, strict=True)]
+    assert_close(scores, own.reshape(1024, 2))
+    assert_close(g, jax.tree.map(lambda *g: sum(g) / 8, *gradients), ulps=300)
+
+
+def test_recipes_for_several_processes_give_the_answer_of_one(folder):
+    """The program is: the first block, the example, a mesh, the second block."""
+    *_, first, second = recipe("Many devices: shard_map")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    assert "127.0.0.1:8476" in first
+    short = EXAMPLE.replace("range(200)", "range(2)")
+    mesh = recipe("Out of memory")[0]
+    save = "jnp.save(sys.argv[1], scores.addressable_shards[0].data)"
+    code = [first.replace("8476", str(port)), short, mesh, second, save]
+    Path("train.py").write_text("\n".join(code), encoding="utf-8")
+    both = [python("train.py", i, PYTHONPATH=HERE) for i in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    found = np.concatenate([np.load("0.npy"), np.load("1.npy")])
+    es, fitness = example()["es"], example()["fitness"]
+    state = [example()[name] for name in ("params", "key", "data")]
+    with jax.numpy_rank_promotion("allow"):
+        # in both programs the mesh's recipe makes a step first, on other devices
+        new, _ = jax.jit(partial(es.step, fitness))(*state, 4)
+        _, expected = jax.jit(partial(es.step, fitness))(new, *state[1:], 4)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("start", ["Flax NNX", "Flax Linen"])
+@pytest.mark.filterwarnings("default")
+def test_recipes_for_flax_train_the_params_and_leave_statistics(start, folder):
+    names = run_recipe(start)
+    fitness, params, data = (names[name] for name in ("fitness", "params", "data"))
+    statistics = jax.tree.map(np.array, names["rest"])
+    assert sorted(map(np.mean, jax.tree.leaves(statistics))) == [0, 1]  # mean and variance
+    assert len(jax.tree.leaves(params)) == 6
+    step = jax.jit(partial(names["es"].step, fitness))
+    mean = jax.jit(lambda params: jnp.mean(jax.vmap(fitness, (None, 0))(params, data)))
+    with jax.numpy_rank_promotion("allow"):
+        for t in range(40):
+            params, _ = step(params, jax.random.fold_in(KEY, t), data, 4 / (1 + t / 50))
+        assert mean(params) > 0.8 > mean(names["params"])
+    assert_equal(names["rest"], statistics)
+
+
+def test_recipes_for_gradients_need_dense(folder):
+    names = run_recipe("Gradients")
+    es, params = names["es"], names["params"]
+    member = es.perturb(params, es.noise(KEY, params))
+    example = jax.tree.map(lambda x: x[0], names["data"])
+    without = run(recipe("Gradients")[0].replace("dense(params)", "params"), names)
+    with jax.numpy_rank_promotion("allow"):
+        right = names["adapted"](dense(member), example)
+        assert_close(names["adapted"](member, example), right)
+        assert abs(without["adapted"](member, example) - right) > 0.001
+
+
+def test_recipes_for_convolutions_need_dense():
+    es = Eggroll(0.1)
+    kernel, images = jnp.ones((4, 2, 3, 3)), normal(KEY, (4, 1, 2, 5, 5))
+
+    def convolve(kernel, image):
+        return jnp.sum(jax.lax.conv(image, jnp.float32(kernel), (1, 1), "SAME") ** 2)
+
+    def with_dense(kernel, image):
+        return convolve(dense(kernel), image)
+
+    scores = jax.jit(partial(es.evaluate, with_dense))(kernel, KEY, images)
+    assert_close(scores, slow_scores(convolve, dense_members(es, kernel, 4), images), ulps=300)
+    with pytest.raises(TypeError, match="LowRank"):
+        es.evaluate(convolve, kernel, KEY, images)
+
+
+def test_recipes_for_simulators_let_each_member_act(folder):
+    names = run_recipe("A fitness")
+    es, policy = names["es"], names["policy"]
+    seen = normal(KEY, (64, 2, 4))
+
+    @jax.jit
+    def act(i, j, sign):
+        noise = es.noise(jax.random.fold_in(KEY, i), policy)
+        member = dense(es.perturb(policy, noise, sign))
+        return jnp.argmax(eggroll.mlp(member, seen[i, j]))
+
+    with jax.numpy_rank_promotion("allow"):
+        expected = [[act(i, 0, 1), act(i, 1, -1)] for i in range(64)]
+        np.testing.assert_array_equal(names["act"](policy, KEY, seen), expected)
+
+
+def test_recipes_for_simulators_learn(folder):
+    names = run_recipe("A fitness")
+    policy, returns = names["policy"], []
+    gradient = jax.jit(names["es"].gradient)
+    with jax.numpy_rank_promotion("allow"):
+        for t in range(20):
+            key = jax.random.fold_in(KEY, t)
+            scores = names["play"](policy, key, t)
+            returns.append(scores.mean())
+            g = gradient(policy, key, standardize(scores))
+            policy = jax.tree.map(lambda p, g: p + g, policy, g)
+    assert returns[0] < 100
+    assert np.mean(returns[-5:]) > 300
+
+
+def test_recipes_for_early_stopping_stop_and_keep_the_best(folder):
+    names = run_recipe("Held-out")
+    assert 20 < names["t"] < 999
+    assert names["t"] - names["best_t"] == 20
+    with jax.numpy_rank_promotion("allow"):
+        score = names["held_out_score"](names["best_params"], names["held_out"])
+    assert score == names["best"]
+    assert names["best"] > 0.9
+
+
+def rows():
+    """The code in the three cells of every line of README's table of messages."""
+    lines = re.findall(r"^\| (`.*)\|(.*)\|(.*)\|$", MESSAGES, re.MULTILINE)
+    return [[re.findall("`(.*?)`", cell) for cell in line] for line in lines]
+
+
+@pytest.mark.parametrize("wrong, messages, right", rows())
+def test_recipes_for_messages_say_what_to_write(wrong, messages, right, folder):
+    """Every line of README's table, as printed: on LowRank an error, which the remedy mends."""
+    names = {"x": normal(KEY, (3, 4)), "M": low_rank(4, 4), "i": 2, "dense": dense, "jnp": jnp}
+    array = names | {"M": dense(names["M"])}
+    for code in wrong:
+        with pytest.raises((TypeError, AttributeError)) as error:
+            run(code, names)
+        assert any(message in str(error.value) for message in messages)
+        expected = run(f"result = {code}", array)["result"]
+        if right != ["dense(M)"]:
+            [found] = [run(f"result = {code}", names)["result"] for code in right]
+            np.testing.assert_allclose(dense(found), expected, rtol=1e-5)
+
+
+def scan_stacked_biases(p, _):
+    h, _ = jax.lax.scan(lambda h, b: (h + b, None), jnp.ones(3), p["b"])
+    return h.sum()
+
+
+def map_stacked_biases(p, _):
+    return jax.vmap(jnp.sum)(p["b"]).sum()
+
+
+BIASES = {"b": jnp.ones((5, 3))}
+OTHER_MESSAGES = {
+    "tuple index out of range": lambda: evaluate(scan_stacked_biases, BIASES),
+    "rank should be at least 1": lambda: evaluate(map_stacked_biases, BIASES),
+    "must be floating-point": lambda: evaluate(params=jnp.ones((2, 2), jnp.complex64)),
+    "Cannot convert_element_type": lambda: evaluate(params=KEY),
+    "fitness must return a scalar": lambda: evaluate(lambda p, x: jnp.ones(2)),
+    "data must share a first axis that chunk divides": lambda: evaluate(data=[ONES, jnp.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("message, provoke", OTHER_MESSAGES.items(), ids=OTHER_MESSAGES)
+def test_recipes_for_messages_quote_them(message, provoke):
+    assert message in MESSAGES
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        provoke()
+
+
 @pytest.mark.parametrize("kind", ["scores", "ranks"])
 def test_ranks_withstand_outliers(kind, folder):
     """The numbers of README's recipe: one score in a hundred is -10⁶."""
-    [title] = [title for title in RECIPES if title.startswith("Outliers")]
-    shape = {"scores": standardize, "ranks": run_recipe(title)["ranks"]}[kind]
+    shape = {"scores": standardize, "ranks": run_recipe("Outliers")["ranks"]}[kind]
     lr = {"scores": 0.05, "ranks": 0.05 * math.sqrt(12)}[kind]  # ranks have a variance of 1/12
     es = Eggroll(0.1)
 

@@ -1803,6 +1803,108 @@ def test_ranks_withstand_outliers(kind, folder):
     assert worst < end < best
 
 
+# README's rule for lr, on three problems. Each has params, the score of one example, examples for
+# `PAIRS` pairs, and what the rule takes for the length of a step.
+
+PAIRS = 64
+
+
+def fresh_hard_steps(key):
+    """README's example: is a point inside of a circle?"""
+
+    def fitness(params, example):
+        (hidden, out), (x, inside) = params, example
+        h = jnp.sign(x @ hidden["W"] + hidden["b"])
+        return jnp.mean(jnp.argmax(h @ out["W"] + out["b"], axis=-1) == inside) - 1
+
+    def draw(key):
+        x = normal(key, (PAIRS, 16, 2))
+        return x, jnp.sum(x**2, axis=-1) < 1.4
+
+    return eggroll.mlp_init(key, (2, 32, 2)), fitness, draw, 2
+
+
+def fresh_wide(key):
+    """To answer four inputs as another wide network does."""
+    teacher = eggroll.mlp_init(jax.random.fold_in(key, 99), (32, 256, 8))
+
+    def fitness(params, x):
+        return -jnp.mean((eggroll.mlp(params, x) - eggroll.mlp(teacher, x)) ** 2)
+
+    params = eggroll.mlp_init(key, (32, 256, 8))
+    return params, fitness, partial(normal, shape=(PAIRS, 4, 32)), 2
+
+
+def pretrained_transformer(key):
+    """jax.grad has taught it to name the first of four letters. Now two letters change names."""
+    [recipe] = blocks(RECIPES["A transformer"])
+    attention = run(recipe, {"jax": jax, "jnp": jnp})["attention"]
+
+    def log_p(params, text, name):
+        logits = attention(params, text, 2)[-1] @ params["emb"].T
+        return jax.nn.log_softmax(logits)[name]
+
+    def draw(key):
+        return jax.random.randint(key, (PAIRS, 4), 0, 8)
+
+    def climb(params, key):
+        taught = lambda params: jnp.mean(jax.vmap(lambda x: log_p(params, x, x[0]))(draw(key)))
+        g = jax.grad(taught)(params)
+        return jax.tree.map(lambda p, g: p + 0.3 * g, params, g), None
+
+    shapes = {name: (16, 16) for name in ("q", "k", "v", "out")} | {"emb": (8, 16), "pos": (4, 16)}
+    start = {name: normal(key, shape) / 4 for name, shape in shapes.items()}
+    start["scale"] = jnp.ones(16)
+    params, _ = jax.lax.scan(climb, start, jax.random.split(key, 200))
+    return params, lambda params, x: log_p(params, x, x[0] ^ (x[0] < 2)), draw, 1
+
+
+def loss_after_training(start, fitness, draw, key, sigma, lr):
+    """After 150 generations, with README's falling lr."""
+
+    def generation(params, t):
+        key_data, key_noise = jax.random.split(jax.random.fold_in(key, t))
+        falling = lr / (1 + t / 50)
+        return Eggroll(sigma).step(fitness, params, key_noise, draw(key_data), falling)[0], None
+
+    end, _ = jax.lax.scan(generation, start, jnp.arange(150))
+    examples = jax.lax.map(draw, jax.random.split(jax.random.fold_in(key, 150), 8))
+    return -jnp.mean(jax.vmap(jax.vmap(partial(fitness, end)))(examples))
+
+
+@pytest.mark.parametrize("problem", [fresh_hard_steps, fresh_wide, pretrained_transformer])
+def test_the_rule_for_lr_gains_most_of_what_three_times_more_or_less_would(problem, folder):
+    """With perturbations of length 1 and 4. Where lr is 0, the loss is that of the start."""
+    with jax.numpy_rank_promotion("allow"):
+        start, fitness, draw, length = problem(KEY)
+        d = sum(p.size for p in jax.tree.leaves(start))
+        sigma = jnp.array([1, 4]) / math.sqrt(d)
+        rule = length * sigma * math.sqrt(2 * PAIRS / d)
+        lr = jnp.outer(rule, jnp.array([0, 1 / 3, 1, 3]))  # (σ, multiples of the rule)
+        train = partial(loss_after_training, start, fitness, draw, KEY)
+        train_all = jax.vmap(jax.vmap(train, (None, 0)))  # every lr of every σ
+        losses = jax.jit(train_all)(sigma, lr)
+    before, _, after, _ = losses.T
+    assert np.all(before - after > 0.5 * (before - losses.min(axis=1)))
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])  # of the examples; 0: one batch for all
+def test_the_share_of_noise_in_the_scores_gives_the_length_of_a_step(spread):
+    """README's v, and lr √(2vd/N)/σ. Noise makes scores of variance σ² ‖C‖² = 1."""
+    C = normal(KEY, (100, 100))
+    offsets = spread * normal(jax.random.key(1), 64)
+    es = Eggroll(0.01)
+
+    def fitness(M, offset):
+        return jnp.sum(C * dense(M)) + offset
+
+    new, scores = jax.jit(partial(es.step, fitness))(jnp.zeros((100, 100)), KEY, offsets, lr=0.1)
+    v = jnp.mean((scores[:, 0] - scores[:, 1]) ** 2) / 4 / jnp.var(scores)
+    np.testing.assert_allclose(v, 1 / (1 + jnp.var(offsets)), rtol=SE * math.sqrt(2 / 64))
+    length = 0.1 * math.sqrt(2 * v * 10_000 / 128) / 0.01
+    np.testing.assert_allclose(jnp.linalg.norm(new), length, rtol=SE / 100)
+
+
 def test_documents_name_options_and_commands_that_exist(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):

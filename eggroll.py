@@ -26,14 +26,14 @@ differentiable or not; g approximates the gradient of the fitness averaged over 
         return -jnp.sum((x @ params["W"] + params["b"] - x[:4]) ** 2)
 
     @jax.jit
-    def train_step(params, key, data):
-        return es.step(fitness, params, key, data, lr=0.05)
+    def train_step(params, key, data, lr):
+        return es.step(fitness, params, key, data, lr)
 
     params = {"W": jnp.zeros((8, 4)), "b": jnp.zeros(4)}  # a linear model
     data = jax.random.normal(jax.random.key(0), (512, 8))  # an example for each of 512 pairs
     print(fitness(params, data[0]))  # about -7
     for t in range(300):
-        params, scores = train_step(params, jax.random.key(t), data)
+        params, scores = train_step(params, jax.random.key(t), data, 1 / (1 + t / 50))
     print(fitness(params, data[0]))  # about 0
 
 [1] Sarkar et al., Evolution Strategies at the Hyperscale, 2026, arXiv:2511.16652v2.
@@ -363,9 +363,10 @@ class Eggroll:
     def step(self, fitness, params, key, data, lr):
         """One generation, θ ← θ + lr · g with g of standardized scores: (new params, scores).
 
-        Call it inside jit: outside, every call compiles anew. Chance alone moves an entry with a
-        standard deviation of at most √2 · lr/(σ√N), so with half the members, divide lr by √2. For
-        Adam and the like, call `evaluate`, `standardize` and `gradient` yourself.
+        Call it inside jit: outside, every call compiles anew. For a first try, with d parameters in
+        all, let lr = 2σ√(N/d), and let it fall. (Chance alone moves an entry with a standard
+        deviation of at most √2 · lr/(σ√N).) For Adam and the like, call `evaluate`, `standardize`
+        and `gradient` yourself.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))
@@ -713,8 +714,8 @@ def make_parser():
     add(
         "--lr",
         type=positive,
-        help="learning rate at first; it falls (default 3.42 sigma^2 sqrt(population), 0.35; "
-        "integers: 2^16 / sqrt(population / 2), 1449)",
+        help="learning rate at first; it falls (default 0.35, or in proportion to "
+        "sigma sqrt(population / parameters); integers: 2^16 / sqrt(population / 2), 1449)",
     )
     add("--hidden", type=count, default=32, help="units of memory (default 32)")
     add("--length", type=count, default=32, help="bytes that a member predicts (default 32)")
@@ -759,34 +760,35 @@ def learn(options, kind, params, train_step, held_out_bits):
 
 def train(options):
     """Train, with a line of progress every two seconds; then print a sample and the score."""
-    pairs = options.population // 2
-    if options.integer:
-        es = IntEggroll(options.sigma or 2, options.rank, chunk=options.chunk)
-        lr = options.lr or 2**16 / math.sqrt(pairs)
-        as_lr = math.ceil  # so that it never falls to 0
-        init, cell = int_rnn_init, int_rnn
-        weights_of = weights
-        bit = 2**8
-    else:
-        es = Eggroll(options.sigma or 0.04, options.rank, chunk=options.chunk)
-        lr = options.lr or 3.42 * es.sigma**2 * math.sqrt(options.population)
-        as_lr = float
-        init, cell = rnn_init, rnn
-        weights_of = lambda params: params
-        bit = 1
-    fitness = partial(bits, cell=cell)
-
     alphabet, text, windows = load_text(options.text, options.length)
     unigram, bigram = ngram_bits(text, windows, len(alphabet))
     text = jnp.asarray(text)  # on the device, once
     print(f"{len(text):,} bytes to learn, {len(alphabet)} of them different", flush=True)
     key_init, key_train, key_sample = jax.random.split(jax.random.key(options.seed), 3)
 
+    pairs = options.population // 2
+    if options.integer:
+        es = IntEggroll(options.sigma or 2, options.rank, chunk=options.chunk)
+        params = int_rnn_init(key_init, len(alphabet), options.hidden)
+        lr = options.lr or 2**16 / math.sqrt(pairs)
+        as_lr = math.ceil  # so that it never falls to 0
+        weights_of = weights
+        bit = 2**8
+    else:
+        es = Eggroll(options.sigma or 0.04, options.rank, chunk=options.chunk)
+        params = rnn_init(key_init, len(alphabet), options.hidden)
+        size = sum(p.size for p in params.values())
+        lr = options.lr or 14.35 * es.sigma * math.sqrt(options.population / size)
+        as_lr = float
+        weights_of = lambda params: params
+        bit = 1
+    cell = int_rnn if options.integer else rnn
+    fitness = partial(bits, cell=cell)
+
     @jax.jit
     def generation(params, step, lr, text):
         key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
-        end = len(text) - options.length
-        starts = jax.random.randint(key_data, (pairs, 1), 0, end, jnp.int32)
+        starts = jax.random.randint(key_data, (pairs, 1), 0, len(text) - options.length, jnp.int32)
         texts = text[starts + jnp.arange(options.length + 1)[None]]  # (pairs, length + 1)
         return es.step(fitness, params, key_noise, texts, lr)[0]
 
@@ -799,11 +801,10 @@ def train(options):
         return -jnp.mean(log2_p) / bit / (windows.shape[1] - 1)
 
     kind = f"{cell.__name__}, hidden {options.hidden}, bytes {bytes(alphabet)}"
-    params = init(key_init, len(alphabet), options.hidden)
     params, step = learn(options, kind, params, train_step, held_out_bits)
     written = alphabet[sample(weights_of(params), key_sample, text[0], 300, cell, bit)]
-    print(f"\n{bytes(written).decode(errors='replace')}\n")
     print(
+        f"\n{bytes(written).decode(errors='replace')}\n\n"
         f"held-out {held_out_bits(params):.2f} bits/byte after {step:,} steps "
         f"(unigram {unigram:.2f}, bigram {bigram:.2f}; {len(windows)} windows)"
     )

@@ -103,7 +103,8 @@ class LowRank:
 
     W is (m, n), A (m, r), B (n, r) and scale (). A model may write x @ M, M @ x, M.T and, as for an
     embedding, M[i]: rows, for integers i of any shape. Anything else is an error, and needs the
-    array dense(M). There is one trap: jax.tree.map sees the four fields. Use it for casts alone.
+    array dense(M). There is one trap: functions of pytrees, such as jax.tree.map or jax.grad, raise
+    no error but see the four fields. Use them for casts alone.
 
     With more axes in front of all four fields it is a stack of matrices, as of layers under a scan.
     Take it apart by scan, by M[i], or by vmap over its first axis.
@@ -228,7 +229,7 @@ class Eggroll:
     params   θ, a pytree of floating-point arrays. With two axes, an array is a matrix, with more a
              stack of matrices, with fewer a vector, whose noise is dense. So biases (layers, n),
              stacked for a scan, are taken for a matrix: use dense(biases) inside the fitness.
-    key      a new one for every population. The noise is a function of the key and of the numbers
+    key      a new one for every population. The noise is a function of the key and of the indices
              of pair and leaf alone, so `gradient` draws again what `evaluate` drew.
     fitness  (params, example) -> scalar, higher is better
     data     a pytree of arrays that share a first axis of N/2 pairs; both members of pair i see
@@ -274,7 +275,7 @@ class Eggroll:
         return jax.tree.map(partial(add_noise, scale=sign * self.sigma), params, noise)
 
     def evaluate(self, fitness, params, key, data):
-        """Fitness of every member, (pairs, 2): of θ + σE and of θ - σE."""
+        """Scores of all members, (pairs, 2): of θ + σE and of θ - σE."""
 
         def score_pair(i, example):  # (2,)
             noise = self.noise(jax.random.fold_in(key, i), params)  # one draw for both members
@@ -327,7 +328,7 @@ class Eggroll:
         return jax.tree.map(lambda p, t: t.astype(jnp.result_type(p)), params, total)
 
     def _scan_chunks(self, f, carry, data):
-        """jax.lax.scan over chunks of pairs, by a function of carry, numbers of pairs, and data.
+        """jax.lax.scan over chunks of pairs, by a function of carry, indices of pairs, and data.
 
         XLA unrolls a scan of one step. So with one chunk, in one jit with `evaluate` and
         `gradient`, it sees that both draw the same noise, and draws it once.
@@ -361,7 +362,7 @@ class Eggroll:
         return jax.lax.scan(body, carry, jnp.arange(pairs // chunk))
 
     def step(self, fitness, params, key, data, lr):
-        """One generation, θ ← θ + lr · g with g of standardized scores: (new params, scores).
+        """One step, θ ← θ + lr · g with g of standardized scores: (new params, scores).
 
         Call it inside jit: outside, every call compiles anew. For a first try, with d parameters in
         all, let lr = 2σ√(N/d), and let it fall. (Chance alone moves an entry with a standard
@@ -435,13 +436,16 @@ def bits(params, text, cell=rnn):
         return cell(params, h, *tokens)
 
     h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
-    h = jnp.zeros_like(cell(params, h, *text[:2])[0])  # under jax.shard_map, varies as later ones
+    h = jnp.zeros_like(cell(params, h, *text[:2])[0])  # of later ones' type under jax.shard_map
     _, log2_p = jax.lax.scan(read, h, (text[:-1], text[1:]))
     return jnp.sum(log2_p, dtype=log2_p.dtype)
 
 
 def sample(params, key, token, length, cell=rnn, bit=1):
-    """Let the model write: tokens (length,) after the given one. A bit is `bit` in its log₂ p."""
+    """Let the model write: tokens (length,) after the given one.
+
+    `bit` is what one bit is in the cell's log₂ p: 1, and 2⁸ for `int_rnn`.
+    """
     vocab = jnp.arange(params["head"].shape[1])
     cell_for_all = jax.vmap(cell, (None, None, None, 0), (None, 0))  # log₂ p of every next token
 
@@ -509,7 +513,7 @@ class IntEggroll(Eggroll):
         return self.sum_noise(params, key, votes)
 
     def step(self, fitness, params, key, data, lr):
-        """One generation, θ ← θ + lr · votes, clipped to ±127 · 2¹⁶: (new params, scores).
+        """One step, θ ← θ + lr · votes, clipped to ±127 · 2¹⁶: (new params, scores).
 
         The votes for a weight that does not matter have mean 0 and variance ≤ the number of pairs,
         so that chance moves it by about lr √pairs.
@@ -699,23 +703,23 @@ def make_parser():
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
         description="Usage: python eggroll.py [OPTION VALUE ...]. Train a recurrent network on "
-        "text, without backpropagation. Going on from a checkpoint, all options may change but "
-        "--integer, --hidden and the different bytes of --text.",
+        "text, without backpropagation. When training goes on from a checkpoint, --integer, "
+        "--hidden and the different bytes of --text must stay; other options may change.",
     )
     add = parser.add_argument
     add("--text", help="any file, learned byte by byte (default: Python's own help)")
     add("--integer", action="store_true", help="train the network of integers")
-    add("--seconds", type=seconds, default=60, help="how long to train, from now on (default 60)")
+    add("--seconds", type=seconds, default=60, help="how long to train in this run (default 60)")
     add("--steps", type=steps, help="how many steps to train, in place of --seconds")
     add("--population", type=even, default=4096, help="members, an even number (default 4096)")
     add("--chunk", type=count, help="pairs to evaluate at a time, to save memory (default: all)")
-    add("--rank", type=rank, default=1, help="rank of the noise, a number or full (default 1)")
+    add("--rank", type=rank, default=1, help="rank of the noise (default 1), or full")
     add("--sigma", type=positive, help="scale of the noise (default 0.04; integers: 2 sixteenths)")
     add(
         "--lr",
         type=positive,
-        help="learning rate at first; it falls (default 0.35, or in proportion to "
-        "sigma sqrt(population / parameters); integers: 2^16 / sqrt(population / 2), 1449)",
+        help="learning rate at first; it falls (default 14.35 sigma sqrt(population / parameters), "
+        "which is 0.35 without other options; integers: 2^16 / sqrt(population / 2), 1449)",
     )
     add("--hidden", type=count, default=32, help="units of memory (default 32)")
     add("--length", type=count, default=32, help="bytes that a member predicts (default 32)")
@@ -725,7 +729,7 @@ def make_parser():
 
 
 def learn(options, kind, params, train_step, held_out_bits):
-    """Train, on from the checkpoint if there is one, until time is up or Ctrl-C: (params, step)."""
+    """Train until time is up or Ctrl-C, from the checkpoint if there is one: (params, step)."""
     goal = options.seconds if options.steps is None else options.steps
     params, first = load(options.checkpoint, kind, params)
     if first == 0 and goal == 0:
@@ -759,7 +763,7 @@ def learn(options, kind, params, train_step, held_out_bits):
 
 
 def train(options):
-    """Train, with a line of progress every two seconds; then print a sample and the score."""
+    """Train, with a line of progress every two seconds; then print a sample and the bits/byte."""
     alphabet, text, windows = load_text(options.text, options.length)
     unigram, bigram = ngram_bits(text, windows, len(alphabet))
     text = jnp.asarray(text)  # on the device, once
@@ -811,7 +815,7 @@ def train(options):
 
 
 def main(argv=()):
-    """Train as the options say; what is wrong with them ends the program with one line."""
+    """Train as the options say; an error in them ends the program with one line."""
     parser = make_parser()
     options = parser.parse_args(argv)
     try:

@@ -1454,7 +1454,7 @@ def test_the_example_in_the_readme_prints_what_it_says(folder, optimized, capsys
 
 
 def test_mistakes_in_keys_are_as_the_readme_says():
-    """The same key in every step moves params in P directions; split(key, P) are the noise's keys."""
+    """The same key moves params in P directions; split(key, P) are the keys of the noise."""
     pairs = 4
     step = jax.jit(partial(Eggroll(0.1).step, lambda W, x: jnp.sum(jnp.sin(x @ W))))
     start = normal(KEY, (5, 3))
@@ -1915,8 +1915,8 @@ def test_the_rule_for_lr_gains_most_of_what_three_times_more_or_less_would(probl
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0])  # of the examples; 0: one batch for all
-def test_the_share_of_noise_in_the_scores_gives_the_length_of_a_step(spread):
-    """README's v, and lr √(2vd/N)/σ. Noise makes scores of variance σ² ‖C‖² = 1."""
+def test_the_share_of_noise_in_the_scores_gives_the_length_of_a_step(spread, folder):
+    """README's ν, and lr √(2νd/N)/σ. Noise makes scores of variance σ² ‖C‖² = 1."""
     C = normal(KEY, (100, 100))
     offsets = spread * normal(jax.random.key(1), 64)
     es = Eggroll(0.01)
@@ -1925,7 +1925,8 @@ def test_the_share_of_noise_in_the_scores_gives_the_length_of_a_step(spread):
         return jnp.sum(C * dense(M)) + offset
 
     new, scores = jax.jit(partial(es.step, fitness))(jnp.zeros((100, 100)), KEY, offsets, lr=0.1)
-    v = jnp.mean((scores[:, 0] - scores[:, 1]) ** 2) / 4 / jnp.var(scores)
+    [look] = [block for block in blocks(README) if "noise_share" in block]
+    v = run(look, {"jnp": jnp, "scores": scores})["noise_share"]
     np.testing.assert_allclose(v, 1 / (1 + jnp.var(offsets)), rtol=SE * math.sqrt(2 / 64))
     length = 0.1 * math.sqrt(2 * v * 10_000 / 128) / 0.01
     np.testing.assert_allclose(jnp.linalg.norm(new), length, rtol=SE / 100)

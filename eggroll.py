@@ -365,9 +365,9 @@ class Eggroll:
         """One step, θ ← θ + lr · g with g of standardized scores: (new params, scores).
 
         Call it inside jit: outside, every call compiles anew. For a first try, with d parameters in
-        all, let lr = 2σ√(N/d), and let it fall. (Chance alone moves an entry with a standard
-        deviation of at most √2 · lr/(σ√N).) For Adam and the like, call `evaluate`, `standardize`
-        and `gradient` yourself.
+        all, let lr = 2σ√(N/d), but at most 2σ, and let it fall. (Chance alone moves an entry with a
+        standard deviation of at most √2 · lr/(σ√N).) For Adam and the like, call `evaluate`,
+        `standardize` and `gradient` yourself.
         """
         scores = self.evaluate(fitness, params, key, data)
         g = self.gradient(params, key, standardize(scores))

@@ -796,7 +796,7 @@ def optimized():
 
 @pytest.mark.parametrize("rank, formula", [(1, 10), (None, 7 + 7 / 2 * 256)])
 def test_numbers_moved(rank, formula, optimized):
-    """Numbers that a compiled step accesses, in units of mn for m = n = N, to a factor of 1.5."""
+    """Numbers that a compiled step accesses, in units of mn for m = n = N, to a factor of 1.6."""
     W = jnp.ones((256, 256))
     x = jnp.ones((128, 256))
 
@@ -805,7 +805,7 @@ def test_numbers_moved(rank, formula, optimized):
 
     compiled = jax.jit(step).lower(W, x).compile()
     numbers = compiled.cost_analysis()["bytes accessed"] / 4
-    assert formula / 1.5 < numbers / W.size < 1.5 * formula
+    assert formula / 1.6 < numbers / W.size < 1.6 * formula
 
 
 def test_scalars_are_all_that_is_shared():

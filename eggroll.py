@@ -436,7 +436,7 @@ def bits(params, text, cell=rnn):
         return cell(params, h, *tokens)
 
     h = jnp.zeros(params["U"].shape[0], params["U"].dtype)
-    h = jnp.zeros_like(cell(params, h, *text[:2])[0])  # of later ones' type under jax.shard_map
+    h = jnp.zeros_like(cell(params, h, *text[:2])[0])  # shard_map wants the type of later ones
     _, log2_p = jax.lax.scan(read, h, (text[:-1], text[1:]))
     return jnp.sum(log2_p, dtype=log2_p.dtype)
 
@@ -644,6 +644,12 @@ def ngram_bits(text, windows, vocab):
     return -np.log2(unigram[next_token]).mean(), -np.log2(bigram[token, next_token]).mean()
 
 
+def draw_texts(key, text, count, length):
+    """Random pieces of text, overlapping or not: (count, length + 1)."""
+    starts = jax.random.randint(key, (count, 1), 0, len(text) - length, jnp.int32)
+    return text[starts + jnp.arange(length + 1)[None]]
+
+
 def save(path, kind, params, step):
     """Write a checkpoint to path, where the old one stays until the new one is complete."""
     if path is None:
@@ -776,6 +782,7 @@ def train(options):
         params = int_rnn_init(key_init, len(alphabet), options.hidden)
         lr = options.lr or 2**16 / math.sqrt(pairs)
         as_lr = math.ceil  # so that it never falls to 0
+        cell = int_rnn
         weights_of = weights
         bit = 2**8
     else:
@@ -784,16 +791,15 @@ def train(options):
         size = sum(p.size for p in params.values())
         lr = options.lr or 14.35 * es.sigma * math.sqrt(options.population / size)
         as_lr = float
+        cell = rnn
         weights_of = lambda params: params
         bit = 1
-    cell = int_rnn if options.integer else rnn
     fitness = partial(bits, cell=cell)
 
     @jax.jit
     def generation(params, step, lr, text):
         key_data, key_noise = jax.random.split(jax.random.fold_in(key_train, step))
-        starts = jax.random.randint(key_data, (pairs, 1), 0, len(text) - options.length, jnp.int32)
-        texts = text[starts + jnp.arange(options.length + 1)[None]]  # (pairs, length + 1)
+        texts = draw_texts(key_data, text, pairs, options.length)
         return es.step(fitness, params, key_noise, texts, lr)[0]
 
     def train_step(params, step):

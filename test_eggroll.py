@@ -60,9 +60,8 @@ from eggroll import Eggroll, IntEggroll, LowRank, dense, normal, signs, standard
 jax.config.update("jax_num_cpu_devices", 8)  # one at work but where data is sharded
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # compiling takes most of the time
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # where it is ignored, children inherit that
+# Where SIGINT is ignored, children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pytestmark = pytest.mark.filterwarnings("error")
 
 HERE = Path(__file__).parent
@@ -664,13 +663,21 @@ assert len(parts.addressable_shards) == 8
 """
 
 
-def test_two_processes_give_the_answer_of_one():
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def assert_both_succeed(processes):
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_two_processes_give_the_answer_of_one():
+    port = free_port()
     both = [python("-c", ONE_OF_TWO_PROCESSES, i, port) for i in range(2)]  # wait for each other
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    assert_both_succeed(both)
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("pairs"), PartitionSpec()], ids=["own", "same"])
@@ -1530,7 +1537,7 @@ def copies_of_the_previous(tokens, vocab=9):
 @cache
 def pretrained():
     """A transformer of README's recipe, trained by backpropagation: params, log-likelihood."""
-    attention = run("\n".join(recipe("A transformer")), example())["attention"]
+    attention = run_recipe("A transformer")["attention"]
 
     def log_likelihood(params, tokens, task):
         h = jax.vmap(lambda tokens: attention(params[0] | params[1], tokens, 2))(tokens)
@@ -1643,18 +1650,13 @@ def test_recipes_for_shard_map_give_the_mean_over_devices(folder):
 def test_recipes_for_several_processes_give_the_answer_of_one(folder):
     """The program is: the first block, the example, a mesh, the second block."""
     *_, first, second = recipe("Many devices: shard_map")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     assert "127.0.0.1:8476" in first
     short = EXAMPLE.replace("range(201)", "range(2)")
     mesh = recipe("Out of memory")[0]
     save = "jnp.save(sys.argv[1], scores.addressable_shards[0].data)"
-    code = [first.replace("8476", str(port)), short, mesh, second, save]
+    code = [first.replace("8476", str(free_port())), short, mesh, second, save]
     Path("train.py").write_text("\n".join(code), encoding="utf-8")
-    both = [python("train.py", i, PYTHONPATH=HERE) for i in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    assert_both_succeed([python("train.py", i, PYTHONPATH=HERE) for i in range(2)])
     found = np.concatenate([np.load("0.npy"), np.load("1.npy")])
     es, fitness = example()["es"], example()["fitness"]
     state = [example()[name] for name in ("params", "key", "data")]
@@ -1838,16 +1840,11 @@ PAIRS = 64
 def fresh_hard_steps(key):
     """README's example: is a point inside of a circle?"""
 
-    def fitness(params, example):
-        (hidden, out), (x, inside) = params, example
-        h = jnp.sign(x @ hidden["W"] + hidden["b"])
-        return jnp.mean(jnp.argmax(h @ out["W"] + out["b"], axis=-1) == inside) - 1
-
     def draw(key):
         x = normal(key, (PAIRS, 16, 2))
         return x, jnp.sum(x**2, axis=-1) < 1.4
 
-    return eggroll.mlp_init(key, (2, 32, 2)), fitness, draw, 2
+    return eggroll.mlp_init(key, (2, 32, 2)), example()["fitness"], draw, 2
 
 
 def fresh_wide(key):
@@ -1863,8 +1860,7 @@ def fresh_wide(key):
 
 def pretrained_transformer(key):
     """jax.grad has taught it to name the first of four letters. Now two letters change names."""
-    [recipe] = blocks(RECIPES["A transformer"])
-    attention = run(recipe, {"jax": jax, "jnp": jnp})["attention"]
+    attention = run_recipe("A transformer")["attention"]
 
     def log_p(params, text, name):
         logits = attention(params, text, 2)[-1] @ params["emb"].T

@@ -14,7 +14,7 @@
     models                                                  mlp_, bits_, sample_
     integers: exact, no overflow, no float, no vote lost    products_, the_integer, no_, nothing_
     the program learns, scores, goes on, ends, refuses      the_program, going_on, ctrl_c, options_
-    files: large ones, cut short, two at once               a_large_file, a_save, two_saves
+    files: large ones, pieces, cut short, two at once       a_large_file, texts_are, a_save
     examples, metadata, links, commands in the documents    the_method, the_metadata, documents_
     README: recipes; mistakes in keys; the rule for lr      recipes_, ranks_, mistakes_, the_rule
     the tutorial                                            the_tutorial, acrobot_, any_cell
@@ -1184,6 +1184,25 @@ def test_no_float_in_the_program_that_trains(folder, monkeypatch):
     whole = types_of(compiled_step(f"--text cat.txt {TINY} --integer", monkeypatch))
     assert {"s8", "s32"} <= whole <= {"s8", "s32", "u8", "u32", "u64"}
     assert "f32" in types_of(compiled_step(f"--text cat.txt {TINY}", monkeypatch))
+
+
+def test_texts_are_pieces_of_the_text_from_its_first_byte_to_its_last():
+    texts = np.asarray(eggroll.draw_texts(KEY, jnp.arange(10), 1000, length=3))
+    starts = texts[:, :1]
+    assert_equal(texts, starts + np.arange(4))
+    assert_equal(np.unique(starts), np.arange(7))
+
+
+def test_the_program_has_the_learning_rate_that_its_help_names(folder, capsys):
+    d = sum(p.size for p in eggroll.rnn_init(KEY, 3, 8).values())  # abc.txt has three bytes
+
+    def last_line(options=""):
+        main(f"--text abc.txt --population 64 --hidden 8 --length 8 --steps 3 {options}")
+        return capsys.readouterr().out.splitlines()[-1]
+
+    lr = 14.35 * 0.04 * math.sqrt(64 / d)
+    assert last_line() == last_line(f"--lr {lr}") != last_line(f"--lr {lr / 2}")
+    assert last_line("--sigma 0.08") == last_line(f"--sigma 0.08 --lr {2 * lr}")
 
 
 def test_a_step_of_a_large_file_is_given_the_text_as_bytes_once(folder, monkeypatch, capsys):
